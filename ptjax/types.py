@@ -1,0 +1,60 @@
+"""The parcels that cross rooms.
+
+Letters: P prompts, G completions per prompt (the group), B = P * G completions in prompt-major
+order, S prompt tokens, T completion tokens.
+
+Alignment: `[B, T]` arrays are indexed by completion token, so `log_probs[b, t]` scores
+`tokens[b, t]`. The one shift between hidden states and targets lives in `models/policy.py`;
+nobody else shifts.
+"""
+
+from typing import Any
+
+from flax import struct
+
+
+@struct.dataclass
+class Prompts:
+  """Prompts ready for the device, padded on the right."""
+  tokens: Any  # [P, S] int32; what stands past `lengths` is never read
+  lengths: Any  # [P] int32, at least 1
+  ids: Any  # [P] int32; the row in the data set, which (with the sample number) seeds sampling
+  sample_ids: Any  # [P, G] int32; the sample number of each completion, normally 0..G-1
+
+
+@struct.dataclass
+class Rollouts:
+  """What the sampler returns; completions hold their stop token."""
+  tokens: Any  # [B, T] int32; completion tokens
+  loss_mask: Any  # [B, T] bool; True for generated tokens, the stop token included
+  log_probs: Any  # [B, T] float32, nats; of the sampling temperature's full softmax, 0 off the mask
+  truncated: Any  # [B] bool; True where max_tokens ended the completion, not a stop
+
+
+@struct.dataclass
+class TokenBatch:
+  """Everything one optimizer step sees. To the right of it nobody asks where the tokens came from.
+
+  `inputs` holds the arrays a loss asks for by argument name (advantages [B] or [B, T],
+  old_log_probs [B, T], reference_log_probs [B, T], ...); each has leading dimension B or P.
+  """
+  prompt_tokens: Any  # [P, S] int32
+  prompt_lengths: Any  # [P] int32
+  tokens: Any  # [B, T] int32; completion tokens, the targets
+  loss_mask: Any  # [B, T] bool; True where the target counts
+  inputs: dict  # name -> array
+
+
+@struct.dataclass
+class PairLogProbs:
+  """Log-probs of preference pairs, for the preference losses."""
+  chosen: Any  # SideLogProbs
+  rejected: Any  # SideLogProbs
+
+
+@struct.dataclass
+class SideLogProbs:
+  """One side of a pair: its tokens' log-probs under policy and, where needed, reference."""
+  log_probs: Any  # [B, T] float32, nats
+  loss_mask: Any  # [B, T] bool
+  reference_log_probs: Any = None  # [B, T] float32, nats, or None for reference-free losses

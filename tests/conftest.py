@@ -1,0 +1,24 @@
+"""Shared test set-up: eight virtual CPU devices, and the data folder beside the repository."""
+
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+import jax
+import pytest
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(scope='session')
+def shared_data():
+  """The folder of real data and a real small checkpoint, beside the repository."""
+  path = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data'
+  if not path.is_dir():
+    pytest.skip(f'no shared data folder at {path}')
+  return path

@@ -1,0 +1,297 @@
+"""Every setting, once: frozen dataclasses, typed overrides, and the error a user sees.
+
+Each field states its unit. `None` means absent; `0` means zero. A field that no code reads is a
+defect, and a test looks for it.
+"""
+
+import ast
+import dataclasses
+import difflib
+import types as python_types
+import typing
+
+
+class UserError(ValueError):
+  """Something the user can set right. The launcher prints it in one line and exits with 2."""
+
+
+def near_names(name, names):
+  """Returns `'; did you mean a, b?'`, or the whole list when nothing is near."""
+  names = sorted(str(n) for n in names)
+  near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
+  return f'; did you mean {", ".join(near)}?' if near else f'; known: {", ".join(names)}'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+  """How the policy computes."""
+  dtype: str = 'float32'  # of activations and matrix products: float32 or bfloat16
+  param_dtype: str = 'float32'  # of the stored weights and the optimizer's moments
+  remat: str = 'none'  # what the backward pass recomputes: none, dots or full
+
+  def __post_init__(self):
+    _choice('model_settings.dtype', self.dtype, ('float32', 'bfloat16'))
+    _choice('model_settings.param_dtype', self.param_dtype, ('float32', 'bfloat16'))
+    _choice('model_settings.remat', self.remat, ('none', 'dots', 'full'))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+  """From rows to prompts."""
+  columns: dict = dataclasses.field(default_factory=dict)  # ours -> the file's column name
+  limit: int | None = None  # rows read at most
+  max_prompt_tokens: int = 512
+  overlong: str = 'drop'  # what to do with a longer prompt: drop, truncate (its left end) or error
+
+  def __post_init__(self):
+    _choice('data.overlong', self.overlong, ('drop', 'truncate', 'error'))
+    _positive('data.max_prompt_tokens', self.max_prompt_tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+  """What is sampled in each step."""
+  num_prompts: int = 8  # prompts per rollout
+  group_size: int = 8  # completions per prompt
+  max_completion_tokens: int = 256
+  temperature: float = 1.0
+  top_k: int = 0  # 0 keeps all
+  top_p: float = 1.0
+  min_p: float = 0.0
+  stop_strings: tuple[str, ...] = ()  # beside the model's own end tokens
+  reuse_log_probs: bool = False  # True: the sampler's log-probs are the old ones; False: recompute
+
+  def __post_init__(self):
+    for name in ('num_prompts', 'group_size', 'max_completion_tokens'):
+      _positive(f'rollout.{name}', getattr(self, name))
+    if self.temperature <= 0:
+      raise UserError(f'rollout.temperature={self.temperature}: training samples, so it must be '
+                      'positive (evaluation decodes greedily by itself)')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+  """How completions are scored."""
+  on_error: str = 'raise'  # a reward function that fails: raise, or zero
+  timeout_seconds: float = 5.0  # per maths answer that needs symbolic comparison
+  workers: int = 2  # processes that compare maths answers
+
+  def __post_init__(self):
+    _choice('rewards.on_error', self.on_error, ('raise', 'zero'))
+    _positive('rewards.timeout_seconds', self.timeout_seconds)
+    _positive('rewards.workers', self.workers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+  """AdamW and its schedule."""
+  learning_rate: float = 1e-6
+  schedule: str = 'constant'  # after the warm-up: constant, linear or cosine
+  warmup_steps: int = 0
+  end_fraction: float = 0.0  # of learning_rate, where linear and cosine end
+  weight_decay: float = 0.0
+  decay_all: bool = False  # False: neither norms, biases nor embeddings decay
+  beta1: float = 0.9
+  beta2: float = 0.999
+  epsilon: float = 1e-8
+  max_grad_norm: float | None = 1.0
+
+  def __post_init__(self):
+    _choice('optimizer.schedule', self.schedule, ('constant', 'linear', 'cosine'))
+    if self.learning_rate < 0:
+      raise UserError(f'optimizer.learning_rate={self.learning_rate} is negative')
+    if self.warmup_steps < 0:
+      raise UserError(f'optimizer.warmup_steps={self.warmup_steps} is negative')
+    if self.max_grad_norm is not None:
+      _positive('optimizer.max_grad_norm', self.max_grad_norm)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+  """How a rollout becomes optimizer steps."""
+  steps: int = 200  # optimizer steps
+  batch_size: int = 32  # demonstrations per step, for offline algorithms
+  mini_batches: int = 1  # optimizer steps per pass over one rollout
+  epochs: int = 1  # passes over one rollout
+  micro_batches: int = 1  # parts of a mini-batch computed one after another; any split is exact
+  mask_truncated: bool = False  # True: completions without an end token do not train
+  max_bad_steps: int = 5  # updates in a row with a non-finite loss or gradient before the run stops
+
+  def __post_init__(self):
+    for name in ('steps', 'batch_size', 'mini_batches', 'epochs', 'micro_batches',
+                 'max_bad_steps'):
+      _positive(f'training.{name}', getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmStartSettings:
+  """Supervised steps on the task's demonstrations before an online algorithm starts."""
+  steps: int = 0  # 0 starts from the model as it is
+  batch_size: int = 64
+  learning_rate: float = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+  every_steps: int = 50
+  keep: int = 2  # newest checkpoints kept
+  asynchronous: bool = True
+
+  def __post_init__(self):
+    _positive('checkpoint.every_steps', self.every_steps)
+    _positive('checkpoint.keep', self.keep)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogSettings:
+  samples_every: int = 10  # optimizer steps between entries of samples.jsonl
+  samples: int = 8  # completions per entry
+  tensorboard: bool = True
+  report: bool = True  # write report.html at the end
+  compile_cache: str | None = 'auto'  # folder of compiled programs; auto: ~/.cache/ptjax/xla
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+  dataset: str | None = None  # None: the task's own held-out rows, if it has any
+  every_steps: int = 0  # optimizer steps between evaluations; 0: only before and after
+  limit: int = 256  # rows
+  samples: int = 1  # completions per row for pass@k and maj@k; 1: greedy accuracy alone
+  k: tuple[int, ...] = ()
+  temperature: float = 1.0  # of those samples
+  batch_size: int = 64  # rows decoded together
+
+  def __post_init__(self):
+    _positive('eval.limit', self.limit)
+    _positive('eval.samples', self.samples)
+    _positive('eval.batch_size', self.batch_size)
+    if self.k and max(self.k) > self.samples:
+      raise UserError(f'eval.k={self.k} needs eval.samples of at least {max(self.k)}, '
+                      f'not {self.samples}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """A whole run."""
+  algo: str = 'grpo'
+  model: str = 'tiny'  # preset, Hugging Face directory or hub name
+  dataset: str = 'arithmetic'  # task, file, directory or hub name
+  reward: tuple[str, ...] = ()  # empty: the task's own
+  seed: int = 0
+  out_dir: str | None = None  # None: runs/<algo>-<model>-<dataset>-<seed>
+  resume: str = 'auto'
+  mesh: str = ''  # e.g. 'data=1,fsdp=8,tensor=1'; empty: all devices on fsdp
+  loss: dict = dataclasses.field(default_factory=dict)  # the loss's own hyperparameters
+  model_settings: ModelSettings = ModelSettings()
+  data: DataSettings = DataSettings()
+  rollout: RolloutSettings = RolloutSettings()
+  rewards: RewardSettings = RewardSettings()
+  optimizer: OptimizerSettings = OptimizerSettings()
+  training: TrainingSettings = TrainingSettings()
+  warm_start: WarmStartSettings = WarmStartSettings()
+  checkpoint: CheckpointSettings = CheckpointSettings()
+  log: LogSettings = LogSettings()
+  eval: EvaluationSettings = EvaluationSettings()
+
+  def __post_init__(self):
+    _choice('resume', self.resume, ('auto', 'never'))
+    sequences = self.rollout.num_prompts
+    parts = self.training.mini_batches * self.training.micro_batches
+    if sequences % parts:
+      raise UserError(
+          f'rollout.num_prompts={sequences} does not split into training.mini_batches='
+          f'{self.training.mini_batches} x training.micro_batches={self.training.micro_batches}; '
+          f'make it a multiple of {parts}')
+
+
+def to_dict(config):
+  """Returns the config as plain nested dicts, ready for JSON."""
+  return dataclasses.asdict(config)
+
+
+def override(config, assignment):
+  """Returns `config` with one `a.b=value` assignment applied.
+
+  The value is read by the field's type; siblings keep their values. Under `loss` and
+  `data.columns` any name goes (the loss's signature and the data door check them).
+
+  Raises:
+    UserError: no `=`, an unknown key (near names listed), or a value of the wrong type.
+  """
+  path, equals, text = assignment.partition('=')
+  if not equals:
+    raise UserError(f'--set {assignment}: expected key=value, e.g. optimizer.learning_rate=1e-6')
+  return _replace(config, path.strip().split('.'), text, path.strip())
+
+
+def _replace(node, keys, text, path):
+  names = {f.name: f for f in dataclasses.fields(node)}
+  if keys[0] not in names:
+    prefix = path.rsplit('.', len(keys))[0] + '.' if len(keys) < len(path.split('.')) else ''
+    raise UserError(f'--set {path}: unknown key {prefix}{keys[0]}'
+                    + near_names(keys[0], _leaf_paths(names, keys)))
+  field, value = names[keys[0]], getattr(node, keys[0])
+  if dataclasses.is_dataclass(value):
+    if len(keys) == 1:
+      inner = ', '.join(f'{path}.{f.name}' for f in dataclasses.fields(value))
+      raise UserError(f'--set {path}: a section, not a setting; set one of {inner}')
+    new = _replace(value, keys[1:], text, path)
+  elif field.type is dict:
+    if len(keys) != 2:
+      raise UserError(f'--set {path}: expected {keys[0]}.<name>=value')
+    new = {**value, keys[1]: text if keys[0] == 'columns' else _literal(text)}
+  elif len(keys) > 1:
+    raise UserError(f'--set {path}: {keys[0]} is a setting, not a section')
+  else:
+    new = parse(text, field.type, path)
+  return dataclasses.replace(node, **{keys[0]: new})
+
+
+def _leaf_paths(names, keys):
+  """Candidate names for a misspelt key: its siblings, and full paths if it was the first key."""
+  siblings = list(names)
+  if len(keys) == 1:
+    for name, field in names.items():
+      if dataclasses.is_dataclass(field.type):
+        siblings += [f'{name}.{f.name}' for f in dataclasses.fields(field.type)]
+        siblings += [f.name for f in dataclasses.fields(field.type) if f.name == keys[0]]
+  return siblings
+
+
+def parse(text, kind, path):
+  """Reads `text` as a value of type `kind`; raises UserError naming `path`."""
+  if isinstance(kind, python_types.UnionType):
+    if text.lower() in ('none', 'null'):
+      return None
+    kind = next(k for k in typing.get_args(kind) if k is not type(None))
+  if typing.get_origin(kind) is tuple:
+    inner = typing.get_args(kind)[0]
+    return tuple(parse(part.strip(), inner, path) for part in text.split(',') if part.strip())
+  try:
+    if kind is bool:
+      return {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
+    if kind is int:
+      number = float(text)
+      if number != int(number):
+        raise ValueError
+      return int(number)
+    return kind(text)
+  except (ValueError, KeyError, OverflowError):
+    raise UserError(f'--set {path}={text}: expected {kind.__name__}, got {text!r}') from None
+
+
+def _literal(text):
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
+
+
+def _choice(path, value, allowed):
+  if value not in allowed:
+    raise UserError(f'{path}={value!r}: expected one of {", ".join(allowed)}')
+
+
+def _positive(path, value):
+  if value is None or value <= 0:
+    raise UserError(f'{path}={value}: must be positive')

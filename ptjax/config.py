@@ -22,6 +22,16 @@ def near_names(name, names):
   return f'; did you mean {", ".join(near)}?' if near else f'; known: {", ".join(names)}'
 
 
+def _choice(path, value, allowed):
+  if value not in allowed:
+    raise UserError(f'{path}={value!r}: expected one of {", ".join(allowed)}')
+
+
+def _positive(path, value):
+  if value is None or value <= 0:
+    raise UserError(f'{path}={value}: must be positive')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
   """How the policy computes."""
@@ -227,9 +237,8 @@ def override(config, assignment):
 def _replace(node, keys, text, path):
   names = {f.name: f for f in dataclasses.fields(node)}
   if keys[0] not in names:
-    prefix = path.rsplit('.', len(keys))[0] + '.' if len(keys) < len(path.split('.')) else ''
-    raise UserError(f'--set {path}: unknown key {prefix}{keys[0]}'
-                    + near_names(keys[0], _leaf_paths(names, keys)))
+    raise UserError(f'--set {path}: unknown key {keys[0]!r}'
+                    + near_names(keys[0], _candidates(names, keys)))
   field, value = names[keys[0]], getattr(node, keys[0])
   if dataclasses.is_dataclass(value):
     if len(keys) == 1:
@@ -247,15 +256,14 @@ def _replace(node, keys, text, path):
   return dataclasses.replace(node, **{keys[0]: new})
 
 
-def _leaf_paths(names, keys):
-  """Candidate names for a misspelt key: its siblings, and full paths if it was the first key."""
-  siblings = list(names)
-  if len(keys) == 1:
-    for name, field in names.items():
-      if dataclasses.is_dataclass(field.type):
-        siblings += [f'{name}.{f.name}' for f in dataclasses.fields(field.type)]
-        siblings += [f.name for f in dataclasses.fields(field.type) if f.name == keys[0]]
-  return siblings
+def _candidates(names, keys):
+  """What a misspelt key may have meant: its siblings, or a setting inside a section."""
+  inner = {f'{section}.{f.name}': f.name for section, field in names.items()
+           if dataclasses.is_dataclass(field.type) for f in dataclasses.fields(field.type)}
+  near = difflib.get_close_matches(keys[0], inner.values(), n=2, cutoff=0.7)
+  if len(keys) == 1 and near:
+    return [path for path, name in inner.items() if name in near]
+  return list(names)
 
 
 def parse(text, kind, path):
@@ -285,13 +293,3 @@ def _literal(text):
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):
     return {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
-
-
-def _choice(path, value, allowed):
-  if value not in allowed:
-    raise UserError(f'{path}={value!r}: expected one of {", ".join(allowed)}')
-
-
-def _positive(path, value):
-  if value is None or value <= 0:
-    raise UserError(f'{path}={value}: must be positive')

@@ -42,6 +42,7 @@ class TokenBatch:
   prompt_lengths: Any  # [P] int32
   tokens: Any  # [B, T] int32; completion tokens, the targets
   loss_mask: Any  # [B, T] bool; True where the target counts
+  on_policy: Any  # [] bool; True while the policy has not moved since it drew these tokens
   inputs: dict  # name -> array
 
 

@@ -1,0 +1,33 @@
+"""What training remembers between steps."""
+
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from ptjax import sharding
+
+
+@struct.dataclass
+class TrainState:
+  """Everything an optimizer step reads and writes; also what a checkpoint holds."""
+  step: Any  # [] int32; optimizer steps taken in this stage
+  params: Any  # the policy's parameters
+  opt_state: Any  # optax state
+  loss_state: Any  # running statistics of the loss, {} for most
+  bad_steps: Any  # [] int32; updates skipped in a row because something was not finite
+
+
+def init(params, optimizer, loss_state=None):
+  """Returns the state before the first step."""
+  return TrainState(
+      step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
+      loss_state={} if loss_state is None else loss_state,
+      bad_steps=jnp.zeros((), jnp.int32))
+
+
+def shardings(mesh, params, optimizer, loss_state=None):
+  """The sharding of every leaf of the state, from the one table."""
+  shapes = jax.eval_shape(lambda p: init(p, optimizer, loss_state), params)
+  return sharding.tree_sharding(mesh, shapes)

@@ -7,6 +7,8 @@ defect, and a test looks for it.
 import ast
 import dataclasses
 import difflib
+import importlib.util
+import os
 import types as python_types
 import typing
 
@@ -212,6 +214,47 @@ class Config:
           f'rollout.num_prompts={sequences} does not split into training.mini_batches='
           f'{self.training.mini_batches} x training.micro_batches={self.training.micro_batches}; '
           f'make it a multiple of {parts}')
+
+
+def replace(config, values):
+  """`dataclasses.replace`, re-checking the whole."""
+  return dataclasses.replace(config, **values)
+
+
+def default_for(model):
+  """The settings a run starts from: the default job's for its own tiny model, else Config()."""
+  return tiny_job() if model == Config.model else Config()
+
+
+def tiny_job():
+  """The default job: a tiny model from scratch, a short warm start, then GRPO on arithmetic."""
+  return Config(
+      warm_start=WarmStartSettings(steps=150, batch_size=64, learning_rate=2e-3),
+      training=TrainingSettings(steps=300),
+      rollout=RolloutSettings(num_prompts=32, group_size=8, max_completion_tokens=8),
+      optimizer=OptimizerSettings(learning_rate=5e-4, schedule='cosine', end_fraction=0.1,
+                                  beta2=0.99),
+      eval=EvaluationSettings(every_steps=100, limit=512, batch_size=512))
+
+
+def from_file(path):
+  """Loads `get_config()` from an experiment file.
+
+  Raises:
+    UserError: no such file, no get_config in it, or it returns something else than a Config.
+  """
+  if not os.path.isfile(path):
+    raise UserError(f'--config={path}: no such file')
+  spec = importlib.util.spec_from_file_location('ptjax_experiment', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not callable(getattr(module, 'get_config', None)):
+    raise UserError(f'--config={path}: the file defines no get_config()')
+  config = module.get_config()
+  if not isinstance(config, Config):
+    raise UserError(f'--config={path}: get_config() returned {type(config).__name__}, expected '
+                    'ptjax.config.Config')
+  return config
 
 
 def to_dict(config):

@@ -1,0 +1,150 @@
+"""The loop around the train step: it owns time, disk and interruptions; what it calls is pure."""
+
+import dataclasses
+import signal
+import threading
+import time
+
+import jax
+from jax import monitoring
+
+from ptjax import sharding
+
+
+class TrainingFailed(RuntimeError):
+  """Training cannot go on; what was learned so far is in the newest checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One algorithm's share of a run.
+
+  Attributes:
+    name: shown in metrics and progress, e.g. 'sft'.
+    index: place in the run.
+    first_step: optimizer steps taken by the stages before it.
+    steps: optimizer steps of this stage.
+  """
+  name: str
+  index: int
+  first_step: int
+  steps: int
+
+
+class Interrupt:
+  """Notes Ctrl-C and SIGTERM so that the loop can save and leave; a second one is not caught."""
+
+  def __init__(self):
+    self.requested = False
+    self._previous = {}
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGINT, signal.SIGTERM):
+        self._previous[number] = signal.signal(number, self._note)
+    return self
+
+  def __exit__(self, *exception):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _note(self, number, frame):
+    del frame
+    self.requested = True
+    signal.signal(number, self._previous[number])
+
+
+class CompilationCounter:
+  """Counts XLA compilations of this process from its creation on."""
+
+  def __init__(self):
+    self.count = 0
+    monitoring.register_event_duration_secs_listener(self._note)
+
+  def _note(self, event, duration, **kwargs):
+    del duration, kwargs
+    if event == '/jax/core/compile/backend_compile_duration':
+      self.count += 1
+
+
+def run(stage, state, source, train_step, *, record, save, evaluate=None, eval_every=0,
+        checkpoint_every, max_bad_steps, interrupt, counters):
+  """Trains one stage from `state.step` to its end.
+
+  Args:
+    stage: the Stage.
+    state: TrainState; its `step` counts within the stage.
+    source: RolloutSource or DemonstrationSource.
+    train_step: `(state, placed batch) -> (state, metrics)`.
+    record: `record(step, metrics, samples)` with the global step; called once per optimizer step,
+      in order.
+    save: `save(step, state, pending, pending_metrics, counters)` writes a checkpoint.
+    evaluate: `evaluate(params) -> metrics`, or None.
+    eval_every: steps between evaluations; 0: only at the stage's end.
+    checkpoint_every: steps between checkpoints; there is always one at the stage's end.
+    max_bad_steps: skipped updates in a row that end the run.
+    interrupt: Interrupt; when requested, the loop saves and returns early.
+    counters: dict of running totals (`num_tokens`), updated in place.
+  Returns:
+    The last state, and True if the stage was completed.
+  Raises:
+    TrainingFailed: too many updates in a row were not finite.
+  """
+  waiting = None  # (global step, host metrics, device metrics, samples, start time)
+
+  def flush():
+    nonlocal waiting
+    if waiting is None:
+      return
+    step, metrics, on_device, samples, started = waiting
+    waiting = None
+    on_device = {k: v.item() for k, v in sharding.fetch(on_device).items()}
+    now = time.perf_counter()
+    bad_steps = int(on_device.pop('bad_steps'))
+    tokens = metrics.pop('train_tokens')
+    counters['num_tokens'] += tokens
+    metrics.pop('rollout_tokens', None)
+    metrics.setdefault('timing_s/update', now - started)
+    total = sum(v for k, v in metrics.items() if k.startswith('timing_s/'))
+    metrics.update(on_device, step_time=total, num_tokens=counters['num_tokens'],
+                   stage=stage.name, **{'perf/train_tokens_per_second': tokens / total})
+    if bad_steps:
+      metrics['bad_steps'] = bad_steps
+    metrics.update(counters.pop('once', {}))
+    record(step, metrics, samples)
+    if bad_steps >= max_bad_steps:
+      checkpoint(int(sharding.fetch(state.step)))
+      raise TrainingFailed(
+          f'{bad_steps} updates in a row had a loss or gradient that was not finite (the last at '
+          f'step {step}); the parameters from before them are in the checkpoint of step {step}')
+
+  def checkpoint(step):
+    pending, pending_metrics = source.pending(step)
+    started = time.perf_counter()
+    save(stage.first_step + step, state, pending, pending_metrics, dict(counters))
+    counters['once'] = {'timing_s/checkpoint': time.perf_counter() - started}
+
+  for step in range(int(sharding.fetch(state.step)), stage.steps):
+    if source.waits_for_params:
+      flush()
+    batch, metrics, samples = source.batch(state.params, step)
+    started = time.perf_counter()
+    state, on_device = train_step(state, batch)
+    flush()
+    waiting = (stage.first_step + step + 1, metrics, on_device, samples, started)
+    last = step + 1 == stage.steps
+    evaluate_now = evaluate is not None and (last or (eval_every and (step + 1) % eval_every == 0))
+    save_now = last or (step + 1) % checkpoint_every == 0 or interrupt.requested
+    if evaluate_now:
+      jax.block_until_ready(on_device)
+      metrics['timing_s/update'] = time.perf_counter() - started
+      eval_started = time.perf_counter()
+      metrics.update(evaluate(state.params))
+      metrics['timing_s/eval'] = time.perf_counter() - eval_started
+    if save_now:
+      flush()
+      checkpoint(step + 1)
+    if interrupt.requested and not last:
+      return state, False
+  flush()
+  return state, True

@@ -1,0 +1,31 @@
+"""Batches from demonstrations: one per optimizer step, a pure function of the step."""
+
+from ptjax.training import step as training_step
+
+
+class DemonstrationSource:
+  """Turns a step number into a batch of the data set.
+
+  Args:
+    door: data.demonstrations.DemonstrationDoor.
+    mesh: where batches are placed, or None.
+  """
+  waits_for_params = False
+
+  def __init__(self, door, *, mesh=None):
+    self._door = door
+    self._mesh = mesh
+
+  def batch(self, params, step):
+    """Returns the placed batch of `step` (0-based), its metrics, and no samples."""
+    del params
+    batch = self._door.batch(step)
+    metrics = {'epoch': self._door.epoch(step), 'train_tokens': int(batch.loss_mask.sum())}
+    return training_step.place(batch, self._mesh), metrics, None
+
+  def pending(self, step):
+    del step
+    return None, {}
+
+  def restore(self, arrays, metrics):
+    del arrays, metrics

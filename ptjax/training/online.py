@@ -1,0 +1,66 @@
+"""Batches from rollouts: one rollout feeds `epochs x mini_batches` optimizer steps."""
+
+import jax
+import numpy as np
+
+from ptjax import types
+from ptjax.training import experience
+from ptjax.training import step as training_step
+
+
+class RolloutSource:
+  """Turns a step number into a batch; all else follows from (seed, step, parameters).
+
+  Args:
+    collector: experience.Collector.
+    training: config.TrainingSettings.
+    seed: the run's seed.
+    mesh: where batches are placed, or None.
+  """
+  waits_for_params = True  # sampling needs the newest parameters, so nothing is gained by running ahead
+
+  def __init__(self, collector, training, *, seed, mesh=None):
+    self._collector = collector
+    self._training = training
+    self._seed = seed
+    self._mesh = mesh
+    self._experience = None
+    self.updates_per_rollout = training.mini_batches * training.epochs
+
+  def batch(self, params, step):
+    """Returns the placed batch of `step` (0-based), its metrics, and samples if it is a new rollout."""
+    index, update = divmod(step, self.updates_per_rollout)
+    samples = None
+    if update == 0:
+      self._experience = self._collector(params, index)
+      samples = self._experience.samples
+    whole = self._experience.batch
+    reuses = not bool(whole.on_policy)
+    epoch, part = divmod(update, self._training.mini_batches)
+    batch = experience.mini_batch(
+        whole, index=part, count=self._training.mini_batches, seed=self._seed, rollout=index,
+        epoch=epoch, on_policy=update == 0 and not reuses)
+    metrics = dict(self._experience.metrics)
+    if update:
+      metrics = {k: v for k, v in metrics.items() if not k.startswith(('timing_s/', 'perf/'))}
+    metrics['rollout_tokens'] = int(whole.loss_mask.sum()) if update == 0 else 0
+    metrics['train_tokens'] = int(batch.loss_mask.sum())
+    return training_step.place(batch, self._mesh), metrics, samples
+
+  def pending(self, step):
+    """What a checkpoint after `step` steps must hold: the rollout in the middle of its updates."""
+    if step % self.updates_per_rollout == 0:
+      return None, {}
+    batch = self._experience.batch
+    arrays = {'prompt_tokens': batch.prompt_tokens, 'prompt_lengths': batch.prompt_lengths,
+              'tokens': batch.tokens, 'loss_mask': batch.loss_mask, 'on_policy': batch.on_policy,
+              **{f'input:{name}': x for name, x in batch.inputs.items()}}
+    return {k: np.asarray(v) for k, v in arrays.items()}, self._experience.metrics
+
+  def restore(self, arrays, metrics):
+    """Takes back what `pending` gave."""
+    arrays = dict(arrays)
+    inputs = {k.removeprefix('input:'): arrays.pop(k)
+              for k in list(arrays) if k.startswith('input:')}
+    batch = types.TokenBatch(**arrays, inputs=inputs)
+    self._experience = experience.Experience(jax.tree.map(np.asarray, batch), dict(metrics), [])

@@ -1,0 +1,146 @@
+"""The parts of a block. Activations are flat, `[N, width]`, N being all tokens of all sequences.
+
+Rounding follows `transformers`: norms in float32, products in the compute dtype, parameters cast
+to the compute dtype where they are used.
+"""
+
+import functools
+
+from flax import linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from ptjax.models import config as config_lib
+from ptjax.models import rope
+
+INIT_SCALE = 0.02  # standard deviation of fresh weights, as in GPT-2
+
+
+class Norm(nn.Module):
+  """RMSNorm or LayerNorm over the last axis, computed in float32."""
+  config: config_lib.TransformerConfig
+  kind: str
+
+  @nn.compact
+  def __call__(self, x):
+    config = self.config
+    param_dtype = jnp.dtype(config.param_dtype)
+    fill = nn.initializers.constant(1.0 - config.norm_offset)
+    scale = self.param('scale', fill, x.shape[-1:], param_dtype)
+    wide = x.astype(jnp.float32)
+    if self.kind == 'layer':
+      wide -= wide.mean(-1, keepdims=True)
+    wide *= lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + config.norm_epsilon)
+    shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+    if self.kind == 'rms' and config.norm_offset == 0.0:
+      # Llama rounds before it scales, Gemma and LayerNorm after.
+      return wide.astype(x.dtype) * scale.reshape(shape).astype(x.dtype)
+    wide *= scale.reshape(shape).astype(jnp.float32) + config.norm_offset
+    if self.kind == 'layer' and config.norm_bias:
+      bias = self.param('bias', nn.initializers.zeros, x.shape[-1:], param_dtype)
+      wide += bias.reshape(shape).astype(jnp.float32)
+    return wide.astype(x.dtype)
+
+
+class Embedding(nn.Module):
+  """Rows of a table. Indices out of range read the nearest row, so that padding may hold any."""
+  config: config_lib.TransformerConfig
+  size: int
+
+  @nn.compact
+  def __call__(self, indices):  # [N] int32 -> [N, width]
+    table = self.param('embedding', nn.initializers.normal(INIT_SCALE),
+                       (self.size, self.config.width), jnp.dtype(self.config.param_dtype))
+    return jnp.take(table, indices, axis=0, mode='clip').astype(self.config.dtype)
+
+
+def dense(config, features, use_bias, name, scale=INIT_SCALE):
+  """A linear layer of the model, `features` wide."""
+  return nn.Dense(features, use_bias=use_bias, dtype=jnp.dtype(config.dtype),
+                  param_dtype=jnp.dtype(config.param_dtype),
+                  kernel_init=nn.initializers.normal(scale), name=name)
+
+
+def residual_scale(config):
+  """Init of what is added to the residual stream: its variance must not grow with depth."""
+  return INIT_SCALE / (2 * config.num_layers)**0.5
+
+
+class Attention(nn.Module):
+  """Projections around `attend`, which knows where in its sequence every row stands."""
+  config: config_lib.TransformerConfig
+
+  @nn.compact
+  def __call__(self, x, rope_table, window, attend, cache):
+    """Returns ([N, width], new cache); arguments as in `transformer.Block`."""
+    config = self.config
+    heads = lambda name, count: dense(config, count * config.head_dim, config.qkv_bias, name)(
+        x).reshape(-1, count, config.head_dim)
+    query = nn.with_logical_constraint(heads('query', config.num_heads), ('batch', 'heads', None))
+    key = heads('key', config.num_kv_heads)  # [N, kv, D]
+    value = heads('value', config.num_kv_heads)
+    if config.qk_norm:
+      query = Norm(config, 'rms', name='query_norm')(query)
+      key = Norm(config, 'rms', name='key_norm')(key)
+    if rope_table is not None:
+      query, key = rope.rotate(query, rope_table), rope.rotate(key, rope_table)
+    out, cache = attend(query, key, value, window, cache)
+    out = dense(config, config.width, config.out_bias, 'out', residual_scale(config))(
+        out.reshape(-1, config.num_heads * config.head_dim))
+    return out, cache
+
+
+class Mlp(nn.Module):
+  """The position-wise network, gated (Llama) or plain (GPT-2)."""
+  config: config_lib.TransformerConfig
+
+  @nn.compact
+  def __call__(self, x):  # [N, width] -> [N, width]
+    config = self.config
+    wide = functools.partial(dense, config, config.mlp_width, config.mlp_bias)
+    if config.gated_mlp:
+      hidden = _activate(config, wide('gate')(x)) * wide('up')(x)
+    else:
+      hidden = _activate(config, wide('up')(x))
+    hidden = nn.with_logical_constraint(hidden, ('batch', 'mlp'))
+    # Without the barrier XLA:CPU recomputes the activation's gradient column by column, inside
+    # the transposed product that reads it; measured 1.5x on a whole update.
+    hidden = lax.optimization_barrier(hidden)
+    return dense(config, config.width, config.mlp_bias, 'down', residual_scale(config))(hidden)
+
+
+def _activate(config, x):
+  if config.activation == 'silu':
+    return nn.silu(x)
+  return nn.gelu(x, approximate=config.activation == 'gelu_tanh')
+
+
+def product(a, b, dtype):
+  """`a @ b` (equal leading axes) in float32, both operands rounded to `dtype`.
+
+  Its gradient rounds the incoming one to `dtype` too, where plain autodiff would multiply a
+  float32 by a half-precision matrix, far from the fast path of an accelerator; sums stay float32.
+  """
+  if jnp.dtype(dtype) == jnp.float32:
+    return a.astype(jnp.float32) @ b.astype(jnp.float32)
+  return _rounded_product(a, b, jnp.dtype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rounded_product(a, b, dtype):
+  return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _rounded_product_forward(a, b, dtype):
+  return _rounded_product(a, b, dtype), (a, b)
+
+
+def _rounded_product_backward(dtype, residuals, gradient):
+  a, b = residuals
+  transposed = lambda x: jnp.swapaxes(x, -1, -2)
+  return (_rounded_product(gradient, transposed(b), dtype).astype(a.dtype),
+          _rounded_product(transposed(a), gradient, dtype).astype(b.dtype))
+
+
+_rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)

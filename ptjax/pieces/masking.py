@@ -1,0 +1,46 @@
+"""The door of every piece and loss: shapes are checked and padding is made harmless."""
+
+import chex
+import jax.numpy as jnp
+
+
+def clean(loss_mask, **arrays):
+  """Checks `[B, T]` arrays against the mask and zeroes them off it.
+
+  Padding may hold anything, NaN included, so arrays are cleaned before they meet `exp`, `log` or a
+  division; cleaning afterwards would still leave NaN in the gradient.
+
+  Args:
+    loss_mask: [B, T] bool; True where the token counts.
+    **arrays: name -> [B, T]; the names appear in the error. Half precision becomes float32.
+  Returns:
+    The arrays in the order given; a single array if one was given.
+  """
+  chex.assert_rank(loss_mask, 2)
+  chex.assert_type(loss_mask, bool)
+  cleaned = []
+  for name, array in arrays.items():
+    chex.assert_shape(
+        array, loss_mask.shape, custom_message=f'{name} must have the shape of loss_mask')
+    array = jnp.asarray(array, jnp.promote_types(array.dtype, jnp.float32))
+    cleaned.append(jnp.where(loss_mask, array, 0.0))
+  return cleaned[0] if len(cleaned) == 1 else tuple(cleaned)
+
+
+def lengths(loss_mask, dtype=jnp.float32):
+  """Tokens per sequence, [B], at least 1 so that an empty row divides to 0 and not to NaN."""
+  return jnp.maximum(loss_mask.sum(axis=1), 1).astype(dtype)
+
+
+def required(array, name, needed_by):
+  """Returns `array`, or raises a ValueError that names what `needed_by` lacks."""
+  if array is None:
+    raise ValueError(f'{needed_by} needs {name}, which the batch does not hold.')
+  return array
+
+
+def non_negative(**coefficients):
+  """Raises a ValueError for a negative coefficient; `coefficients` are Python numbers."""
+  for name, value in coefficients.items():
+    if value < 0:
+      raise ValueError(f'{name}={value} must not be negative; use 0 to switch the term off.')

@@ -133,7 +133,7 @@ def _key_name(key):
 @contextlib.contextmanager
 def use(mesh):
   """Inside, logical axis names of model code mean axes of `mesh`. Trace under it."""
-  with mesh, nn.logical_axis_rules(LOGICAL_RULES):
+  with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_RULES):
     yield mesh
 
 

@@ -121,7 +121,7 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
 
   def train_step(state, batch):
     loss_value, metrics, outputs, grads = gradients(state.params, batch)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss_value) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

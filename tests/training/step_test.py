@@ -1,0 +1,181 @@
+"""The train step: exact for any split, exact ratio on-policy, and unharmed by a bad batch."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ptjax import config as settings
+from ptjax import sharding
+from ptjax import types
+from ptjax.training import state as training_state
+from ptjax.training import step as training_step
+
+VOCAB, PROMPTS, GROUP, LENGTH = 7, 8, 2, 5
+
+
+def forward(params, prompt_tokens, prompt_lengths, tokens):
+  """A bigram model: enough to have log-probs, entropy and a gradient."""
+  last = jnp.take_along_axis(prompt_tokens, prompt_lengths[:, None] - 1, 1)  # [P, 1]
+  last = jnp.repeat(last, tokens.shape[0] // last.shape[0], 0)  # [B, 1]
+  previous = jnp.concatenate([last, tokens[:, :-1]], 1)
+  logits = jax.nn.log_softmax(params['embed']['embedding'][previous])  # [B, T, V]
+  return {'log_probs': jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0],
+          'entropy': -(jnp.exp(logits) * logits).sum(-1)}
+
+
+def make_batch(seed=0, **inputs):
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(1, LENGTH + 1, PROMPTS * GROUP)
+  return types.TokenBatch(
+      prompt_tokens=rng.integers(0, VOCAB, (PROMPTS, 3)).astype(np.int32),
+      prompt_lengths=rng.integers(1, 4, PROMPTS).astype(np.int32),
+      tokens=rng.integers(0, VOCAB, (PROMPTS * GROUP, LENGTH)).astype(np.int32),
+      loss_mask=np.arange(LENGTH) < lengths[:, None], on_policy=np.asarray(True),
+      inputs={'advantages': rng.normal(size=PROMPTS * GROUP).astype(np.float32), **inputs})
+
+
+def make_params(seed=1):
+  return {'embed': {'embedding': jax.random.normal(jax.random.key(seed), (VOCAB, VOCAB))}}
+
+
+def ratio_loss(log_probs, *, old_log_probs, advantages, loss_mask, power=1.0):
+  ratio = jnp.exp(log_probs - old_log_probs) ** power
+  value = jnp.where(loss_mask, ratio * advantages[:, None], 0.0).sum() / loss_mask.sum()
+  return -value, {'ratio_min': jnp.where(loss_mask, ratio, 1.0).min(),
+                  'ratio_max': jnp.where(loss_mask, ratio, 1.0).max()}
+
+
+def whole_batch_loss(log_probs, *, entropy, loss_mask):
+  """Looks at the whole batch at once: no sum over rows gives it."""
+  sequence = jnp.where(loss_mask, log_probs, 0.0).sum(-1)
+  spread = jax.nn.logsumexp(jnp.sort(sequence) * jnp.linspace(0.1, 1.0, sequence.size))
+  return spread - 0.1 * jnp.where(loss_mask, entropy, 0.0).mean(), {}
+
+
+def take_step(loss, batch, *, micro_batches=1, mesh=None, params=None):
+  optimizer = optax.sgd(1.0)
+  params = make_params() if params is None else params
+  shardings = None
+  if mesh is not None:
+    shardings = training_state.shardings(mesh, params, optimizer)
+    params = jax.device_put(params, shardings.params)
+  state = training_state.init(params, optimizer)
+  if mesh is not None:
+    state = jax.device_put(state, shardings)
+  step = training_step.make_train_step(
+      forward, loss, optimizer, micro_batches=micro_batches, mesh=mesh, state_sharding=shardings)
+  return step(state, training_step.place(batch, mesh))
+
+
+@pytest.mark.parametrize('loss', [ratio_loss, whole_batch_loss])
+@pytest.mark.parametrize('micro_batches', [2, 4, 8])
+def test_any_split_gives_the_same_update(loss, micro_batches):
+  one, one_metrics = take_step(loss, make_batch())
+  many, many_metrics = take_step(loss, make_batch(), micro_batches=micro_batches)
+  chex.assert_trees_all_close(many.params, one.params, rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(many_metrics, one_metrics, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('loss', [ratio_loss, whole_batch_loss])
+@pytest.mark.parametrize('micro_batches', [1, 2])
+def test_eight_devices_give_the_same_update(loss, micro_batches):
+  mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2')
+  one, _ = take_step(loss, make_batch())
+  eight, _ = take_step(loss, make_batch(), micro_batches=micro_batches, mesh=mesh)
+  chex.assert_trees_all_close(
+      sharding.fetch(eight.params), sharding.fetch(one.params), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('micro_batches', [1, 4])
+def test_ratio_is_exactly_one_on_policy(micro_batches):
+  # The recorded old log-probs are wrong on purpose: on-policy they must not be read.
+  recorded = np.full((PROMPTS * GROUP, LENGTH), -3.0, np.float32)
+  _, metrics = take_step(ratio_loss, make_batch(old_log_probs=recorded),
+                         micro_batches=micro_batches)
+  assert metrics['ratio_min'] == 1.0 and metrics['ratio_max'] == 1.0
+  off_policy = make_batch(old_log_probs=recorded).replace(on_policy=np.asarray(False))
+  _, metrics = take_step(ratio_loss, off_policy, micro_batches=micro_batches)
+  assert metrics['ratio_min'] < 1.0
+
+
+def test_gradient_flows_through_log_probs_only_once():
+  # On-policy, d/dθ of ratio * A is A * d/dθ log π; a dropped stop_gradient would give zero.
+  new, _ = take_step(ratio_loss, make_batch())
+  batch = make_batch()
+  def expected(params):
+    log_probs = forward(params, batch.prompt_tokens, batch.prompt_lengths,
+                        batch.tokens)['log_probs']
+    weights = jnp.where(batch.loss_mask, batch.inputs['advantages'][:, None], 0.0)
+    return -(weights * log_probs).sum() / batch.loss_mask.sum()
+  grads = jax.grad(expected)(make_params())
+  chex.assert_trees_all_close(
+      new.params, jax.tree.map(lambda p, g: p - g, make_params(), grads), rtol=1e-5, atol=1e-6)
+
+
+def test_a_bad_batch_changes_nothing_and_is_counted():
+  batch = make_batch()
+  bad = batch.replace(inputs={'advantages': np.full(PROMPTS * GROUP, np.inf, np.float32)})
+  optimizer = optax.adam(0.1)
+  step = training_step.make_train_step(forward, ratio_loss, optimizer)
+  state = training_state.init(make_params(), optimizer)
+  before = sharding.fetch(state)
+  state, metrics = step(state, training_step.place(bad, None))
+  assert metrics['bad_steps'] == 1 and state.step == 1
+  chex.assert_trees_all_equal(sharding.fetch(state.params), before.params)
+  chex.assert_trees_all_equal(sharding.fetch(state.opt_state), before.opt_state)
+  state, metrics = step(state, training_step.place(batch, None))
+  assert metrics['bad_steps'] == 0
+  assert np.abs(state.params['embed']['embedding'] - before.params['embed']['embedding']).max() > 0
+
+
+def test_gap_between_sampler_and_trainer_is_measured():
+  batch = make_batch()
+  exact = forward(make_params(), batch.prompt_tokens, batch.prompt_lengths,
+                  batch.tokens)['log_probs']
+  shifted = np.asarray(exact).copy()
+  shifted[3, 0] += 0.25
+  _, metrics = take_step(ratio_loss, make_batch(rollout_log_probs=shifted))
+  np.testing.assert_allclose(metrics['sampling/log_prob_gap_max'], 0.25, rtol=1e-5)
+  assert metrics['sampling/effective_sample_size'] < 1.0
+  _, metrics = take_step(ratio_loss, make_batch(rollout_log_probs=np.asarray(exact)))
+  assert metrics['sampling/log_prob_gap_max'] == 0.0
+  np.testing.assert_allclose(metrics['sampling/effective_sample_size'], 1.0, rtol=1e-6)
+
+
+def test_split_and_join_are_inverse():
+  batch = make_batch()
+  parts = training_step.split(batch, 4)
+  chex.assert_shape(parts.tokens, (4, PROMPTS * GROUP // 4, LENGTH))
+  np.testing.assert_array_equal(training_step.join(parts.tokens, batch), batch.tokens)
+  # A part's completions belong to its prompts.
+  np.testing.assert_array_equal(parts.prompt_tokens[1], batch.prompt_tokens[1::4])
+  np.testing.assert_array_equal(
+      parts.tokens[1], batch.tokens.reshape(PROMPTS, GROUP, LENGTH)[1::4].reshape(-1, LENGTH))
+
+
+def test_unknown_hyperparameter_lists_the_accepted_ones():
+  with pytest.raises(settings.UserError, match=r'loss.powr.*power=1.0'):
+    training_step.bind(ratio_loss, powr=2.0)
+  bound = training_step.bind(ratio_loss, power=2.0)
+  assert isinstance(bound, functools.partial) and bound.keywords == {'power': 2.0}
+
+
+def test_missing_input_is_named():
+  def needs_values(log_probs, *, values, loss_mask):
+    del values, loss_mask
+    return log_probs.sum(), {}
+  with pytest.raises(ValueError, match='the loss needs values'):
+    take_step(needs_values, make_batch())
+
+
+def test_bound_loss_trains():
+  loss = training_step.bind(ratio_loss, power=2.0)
+  twice, _ = take_step(loss, make_batch())
+  once, _ = take_step(ratio_loss, make_batch())
+  moved = lambda s: s.params['embed']['embedding'] - make_params()['embed']['embedding']
+  np.testing.assert_allclose(moved(twice), 2 * moved(once), rtol=1e-4, atol=1e-6)

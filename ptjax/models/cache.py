@@ -26,8 +26,8 @@ def init_own(config, batch, capacity, dtype=None):
   """Empty own parts for `batch` completions of up to `capacity` tokens: a list of (K, V)."""
   dtype = jnp.dtype(dtype or config.dtype)
   kv, dim = config.num_kv_heads, config.head_dim
-  return [(jnp.zeros([batch, kv, dim, capacity], dtype), jnp.zeros([batch, kv, capacity, dim], dtype))
-          for _ in range(config.num_layers)]
+  shapes = (batch, kv, dim, capacity), (batch, kv, capacity, dim)
+  return [tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(config.num_layers)]
 
 
 def grow(own, capacity):
@@ -54,7 +54,8 @@ def write(own_key, own_value, key, value, step):
   # Clamped here: out-of-range offsets have been mishandled by XLA on GPU (xla#49120).
   step = jnp.clip(step, 0, own_value.shape[2] - 1)
   zero = jnp.zeros_like(step[0])
-  put_key = lambda buffer, new, i: lax.dynamic_update_slice(buffer, new[:, :, None], (zero, zero, i))
+  put_key = lambda buffer, new, i: lax.dynamic_update_slice(
+      buffer, new[:, :, None], (zero, zero, i))
   put_value = lambda buffer, new, i: lax.dynamic_update_slice(
       buffer, new[:, None, :], (zero, i, zero))
   return (jax.vmap(put_key)(own_key, key.astype(own_key.dtype), step),

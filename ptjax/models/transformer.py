@@ -145,13 +145,23 @@ def forward(config, params, tokens, positions, attend, *, caches=None, scan=None
   return x, caches
 
 
+def head_kernel(config, params):
+  """The output projection [width, vocab], split over the vocabulary only.
+
+  Made once outside a loop over chunks, it is gathered once.
+  """
+  kernel = params['embed']['embedding'].T if config.tie_embeddings else params['head']['kernel']
+  return nn.with_logical_constraint(kernel, (None, 'vocab'))
+
+
 def logits(config, params, hidden):
   """Next-token logits [..., vocab] float32 of `hidden` [..., width] from `forward`."""
+  return project(config, head_kernel(config, params), hidden)
+
+
+def project(config, kernel, hidden):
+  """`logits` with the kernel at hand."""
   flat = hidden.reshape(-1, config.width)
-  if config.tie_embeddings:
-    kernel = params['embed']['embedding'].T
-  else:
-    kernel = params['head']['kernel']
   out = layers.product(flat, kernel, config.dtype).reshape(*hidden.shape[:-1], -1)
   if config.logit_softcap is not None:
     out = jnp.tanh(out / config.logit_softcap) * config.logit_softcap

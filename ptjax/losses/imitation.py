@@ -37,3 +37,20 @@ def dft_loss(log_probs, *, loss_mask):
   return likelihood.weighted_loss(
       log_probs, loss_mask, advantages=1.0, ratio=denominator.unit(log_probs),
       reduce=reduction.token_mean)
+
+
+def rft_loss(log_probs, *, rewards, loss_mask, reward_threshold=0.5):
+  """Rejection-sampling fine-tuning: SFT on the completions that were good enough.
+
+  Args:
+    log_probs: [B, T] float32, nats; log π_θ of each token of the policy's own samples.
+    rewards: [B] float32; NaN, a reward function's "no opinion", is rejected.
+    loss_mask: [B, T] bool.
+    reward_threshold: the least reward that is accepted.
+  Returns:
+    Scalar loss and metrics: 0 when nothing was accepted.
+  Source: arXiv:2308.01825; cf. RAFT 2304.06767, STaR 2203.14465.
+  """
+  accepted = rewards >= reward_threshold  # [B]
+  loss, metrics = sft_loss(log_probs, loss_mask=loss_mask & accepted[:, None])
+  return loss, {**metrics, 'accepted_fraction': accepted.mean(dtype=loss.dtype)}

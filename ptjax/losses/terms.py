@@ -1,6 +1,10 @@
-"""Additive terms that several losses share. Each returns (scalar, metrics)."""
+"""Additive terms that several losses share. Each returns (scalar, metrics).
+
+A coefficient of 0 switches a term off; above 0 it needs the array it works on, else a ValueError.
+"""
 
 import jax
+import jax.numpy as jnp
 
 from ptjax.pieces import denominator
 from ptjax.pieces import divergence
@@ -9,10 +13,32 @@ from ptjax.pieces import masking
 from ptjax.pieces import reduction
 
 
-def kl_penalty(log_probs, reference_log_probs, loss_mask, *, kl_coefficient, reduce):
-  """β k3(π || π₀), as a policy gradient: ratio 1, advantage β (π₀ / π - 1).
+def _k3(log_probs, reference_log_probs):
+  penalty = divergence.k3(log_probs, reference_log_probs)
+  return penalty, denominator.old(reference_log_probs, log_probs) - 1.0
 
-  Without a coefficient the term is 0; with one and no `reference_log_probs` a ValueError.
+
+def _k2(log_probs, reference_log_probs):
+  penalty = divergence.k2(log_probs, reference_log_probs)
+  return penalty, -divergence.k1(log_probs, reference_log_probs)
+
+
+# name -> (the estimate [B, T], the advantage its gradient amounts to under ratio 1)
+ESTIMATORS = {'k3': _k3, 'k2': _k2}
+
+
+def kl_penalty(log_probs, reference_log_probs, loss_mask, *, kl_coefficient, reduce,
+               estimator='k3'):
+  """β KL(π || π₀), as a policy gradient of ratio 1: its advantage is minus the estimate's slope.
+
+  For k3 that is β (π₀ / π - 1), for k2 -β log(π / π₀).
+
+  Args:
+    log_probs, reference_log_probs: [B, T] nats.
+    loss_mask: [B, T] bool.
+    kl_coefficient: β; not negative.
+    reduce: `(values, loss_mask) -> scalar`.
+    estimator: a key of ESTIMATORS.
   """
   masking.non_negative(kl_coefficient=kl_coefficient)
   if kl_coefficient == 0.0:
@@ -20,10 +46,29 @@ def kl_penalty(log_probs, reference_log_probs, loss_mask, *, kl_coefficient, red
   masking.required(reference_log_probs, 'reference_log_probs', f'kl_coefficient={kl_coefficient}')
   log_probs, reference_log_probs = masking.clean(
       loss_mask, log_probs=log_probs, reference_log_probs=reference_log_probs)
-  penalty = divergence.k3(log_probs, reference_log_probs)
-  advantages = kl_coefficient * (denominator.old(reference_log_probs, log_probs) - 1.0)
+  penalty, advantages = ESTIMATORS[estimator](log_probs, reference_log_probs)
   term, _ = likelihood.weighted_loss(
-      log_probs, loss_mask, advantages=advantages, value=-kl_coefficient * penalty, reduce=reduce)
+      log_probs, loss_mask, advantages=kl_coefficient * advantages,
+      value=-kl_coefficient * penalty, reduce=reduce)
+  return term, {'kl': jax.lax.stop_gradient(reduction.token_mean(penalty, loss_mask))}
+
+
+def corrected_kl_penalty(log_probs, old_log_probs, reference_log_probs, loss_mask, *,
+                         kl_coefficient, reduce):
+  """β ρ k3: the estimate on tokens of the old policy, corrected by the ratio (DeepSeek-V3.2).
+
+  Its gradient is that of ratio ρ and advantage -β log(π / π₀). Source: arXiv:2512.02556; TRL's
+  `use_bias_correction_kl`.
+  """
+  masking.non_negative(kl_coefficient=kl_coefficient)
+  log_probs, old_log_probs, reference_log_probs = masking.clean(
+      loss_mask, log_probs=log_probs, old_log_probs=old_log_probs,
+      reference_log_probs=reference_log_probs)
+  ratio = denominator.old(log_probs, old_log_probs)
+  penalty = ratio * divergence.k3(log_probs, reference_log_probs)
+  term, _ = likelihood.weighted_loss(
+      log_probs, loss_mask, ratio=ratio, value=-kl_coefficient * penalty, reduce=reduce,
+      advantages=-kl_coefficient * divergence.k1(log_probs, reference_log_probs))
   return term, {'kl': jax.lax.stop_gradient(reduction.token_mean(penalty, loss_mask))}
 
 
@@ -31,7 +76,7 @@ def entropy_bonus(entropy, loss_mask, *, entropy_coefficient):
   """-c mean_t H_t: a term over the whole vocabulary, no weight on the sampled token.
 
   Args:
-    entropy: [B, T] nats, attached to the model; may be None when the coefficient is 0.
+    entropy: [B, T] nats, attached to the model.
     loss_mask: [B, T] bool.
     entropy_coefficient: weight of the mean entropy per token.
   """
@@ -40,3 +85,26 @@ def entropy_bonus(entropy, loss_mask, *, entropy_coefficient):
     return 0.0, {}
   masking.required(entropy, 'entropy', f'entropy_coefficient={entropy_coefficient}')
   return -entropy_coefficient * reduction.token_mean(entropy, loss_mask), {}
+
+
+def value_loss(values, old_values, returns, loss_mask, *, value_clip):
+  """½ mean_t max((V - R)², (clip(V, V_old ± ε) - R)²): the critic's regression, no policy gradient.
+
+  Args:
+    values: [B, T]; the critic's output, carries its gradient.
+    old_values: [B, T]; the same when the rollout was made.
+    returns: [B, T]; what they should have been.
+    loss_mask: [B, T] bool.
+    value_clip: ε, in units of the return.
+  Source: the PPO implementation of OpenAI baselines, as in TRL and verl.
+  """
+  values, old_values, returns = masking.clean(
+      loss_mask, values=values, old_values=old_values, returns=returns)
+  old_values, returns = jax.lax.stop_gradient((old_values, returns))
+  change = values - old_values
+  inside = jnp.abs(change) <= value_clip
+  clipped = jnp.where(inside, values, old_values + jnp.sign(change) * value_clip)
+  error, clipped_error = jnp.square(values - returns), jnp.square(clipped - returns)
+  worse = jnp.where(clipped_error > error, clipped_error, error)
+  clip_fraction = reduction.token_mean((clipped_error > error).astype(values.dtype), loss_mask)
+  return 0.5 * reduction.token_mean(worse, loss_mask), {'value/clip_fraction': clip_fraction}

@@ -1,25 +1,30 @@
 """Advantage estimates that give one number per completion.
 
 Completions come prompt-major: rows `p * group_size ... (p + 1) * group_size - 1` answer prompt p.
-A group whose rewards are all equal gets exactly 0. `returns` has the estimators that run in time.
+A group whose rewards are all equal gets exactly 0. A reward of NaN is a reward function's "no
+opinion": that completion gets 0 and stays out of its group's statistics. `returns` has the
+estimators that run in time.
 """
 
+import functools
+
 import chex
+import jax
 import jax.numpy as jnp
 
 from ptjax.pieces import masking
+from ptjax.pieces import reduction
+from ptjax.pieces import returns
 
 
 def per_token(advantages, loss_mask, dtype=jnp.float32):
   """Spreads advantages ([B], [B, T] or a number) over the tokens; 0 off the mask. [B, T]."""
   advantages = jnp.asarray(advantages, dtype)
+  if advantages.shape not in ((), loss_mask.shape[:1], loss_mask.shape):
+    raise ValueError(f'advantages have shape {advantages.shape}: expected [B] or [B, T] of '
+                     f'loss_mask, {loss_mask.shape}')
   if advantages.ndim == 1:
-    chex.assert_shape(
-        advantages, loss_mask.shape[:1], custom_message='advantages must be [B] or [B, T]')
     advantages = advantages[:, None]
-  elif advantages.ndim == 2:
-    chex.assert_shape(
-        advantages, loss_mask.shape, custom_message='advantages must be [B] or [B, T]')
   return jnp.where(loss_mask, jnp.broadcast_to(advantages, loss_mask.shape), 0.0)
 
 
@@ -37,13 +42,34 @@ def in_groups(rewards, group_size, *, at_least=1):
   return rewards.reshape(-1, group_size)
 
 
+def _mean(groups):
+  scored = ~jnp.isnan(groups)
+  total = groups.sum(axis=1, keepdims=True, where=scored)
+  return total / jnp.maximum(scored.sum(axis=1, keepdims=True), 1).astype(groups.dtype)
+
+
+def _std(groups):
+  """Standard deviation with ddof 1 of the scored members, [P, 1]; 0 for fewer than two."""
+  scored = ~jnp.isnan(groups)
+  squares = jnp.square(groups - _mean(groups)).sum(axis=1, keepdims=True, where=scored)
+  count = scored.sum(axis=1, keepdims=True)
+  return jnp.sqrt(squares / jnp.maximum(count - 1, 1).astype(groups.dtype))
+
+
 def _tied(groups):
-  """True for groups whose members are all equal, [P, 1]; rounding of the mean does not matter."""
-  return (groups == groups[:, :1]).all(axis=1, keepdims=True)
+  """True for groups whose scored members are all equal, [P, 1]: exact where a std is rounded."""
+  scored = ~jnp.isnan(groups)
+  highest = groups.max(axis=1, keepdims=True, where=scored, initial=-jnp.inf)
+  return highest <= groups.min(axis=1, keepdims=True, where=scored, initial=jnp.inf)
+
+
+def _minus(groups, baseline):
+  """groups - baseline; 0 for tied groups and for completions without a reward."""
+  return jnp.where(jnp.isnan(groups) | _tied(groups), 0.0, groups - baseline)
 
 
 def _centred(groups):
-  return jnp.where(_tied(groups), 0.0, groups - groups.mean(axis=1, keepdims=True))
+  return _minus(groups, _mean(groups))
 
 
 def constant(rewards):
@@ -53,7 +79,7 @@ def constant(rewards):
 
 def given(rewards):
   """The rewards themselves, without a baseline. [B]."""
-  return rewards
+  return jnp.nan_to_num(rewards)
 
 
 def group_centred(rewards, *, group_size):
@@ -67,25 +93,53 @@ def group_normalized(rewards, *, group_size, epsilon=1e-4):
   Source: GRPO, arXiv:2402.03300; `epsilon` 1e-4 is TRL's, verl takes 1e-6, oxRL 1e-8.
   """
   groups = in_groups(rewards, group_size, at_least=2)
-  return (_centred(groups) / (groups.std(axis=1, ddof=1, keepdims=True) + epsilon)).reshape(-1)
+  return (_centred(groups) / (_std(groups) + epsilon)).reshape(-1)
+
+
+def last_token_normalized(rewards, *, loss_mask, group_size, epsilon=1e-8):
+  """oxRL's group z-score, placed on the last response token alone. [B, T].
+
+  For repeating arXiv:2603.19335, whose shipped configurations set `reward.broadcast=False`.
+  """
+  scores = group_normalized(rewards, group_size=group_size, epsilon=epsilon)
+  return jnp.where(returns.last_token(loss_mask), scores[:, None], 0.0)
+
+
+def whitened_group_centred(rewards, *, loss_mask, group_size):
+  """REINFORCE++ with a baseline: centred per group, then whitened over the batch's tokens. [B, T].
+
+  Source: arXiv:2501.03262.
+  """
+  centred = group_centred(rewards, group_size=group_size)
+  mask = returns.scored(rewards, loss_mask)
+  return returns.whiten(jnp.broadcast_to(centred[:, None], mask.shape), mask)
 
 
 def leave_one_out(rewards, *, group_size):
   """Reward minus the mean of the group's others. [B]. Source: RLOO, arXiv:2402.14740."""
-  return group_centred(rewards, group_size=group_size) * (group_size / (group_size - 1))
+  groups = in_groups(rewards, group_size, at_least=2)
+  scored = (~jnp.isnan(groups)).sum(axis=1, keepdims=True).astype(rewards.dtype)
+  return (_centred(groups) * scored / jnp.maximum(scored - 1.0, 1.0)).reshape(-1)
 
 
 def batch_normalized(rewards, *, group_size, epsilon=1e-4):
   """Centred per group, divided by the whole batch's std (ddof 1). [B]. Source: arXiv:2508.08221."""
-  return group_centred(rewards, group_size=group_size) / (rewards.std(ddof=1) + epsilon)
+  std = _std(rewards[None])[0]
+  return group_centred(rewards, group_size=group_size) / (std + epsilon)
 
 
 def optimal_length_baseline(rewards, *, loss_mask, group_size):
   """Reward minus its group's length-weighted mean reward. [B]. Source: OPO, arXiv:2505.23585."""
   groups = in_groups(rewards, group_size, at_least=2)
-  lengths = in_groups(masking.lengths(loss_mask, rewards.dtype), group_size)
-  baseline = (lengths * groups).sum(axis=1, keepdims=True) / lengths.sum(axis=1, keepdims=True)
-  return jnp.where(_tied(groups), 0.0, groups - baseline).reshape(-1)
+  scored = ~jnp.isnan(groups)
+  weights = jnp.where(scored, masking.lengths(loss_mask, rewards.dtype).reshape(groups.shape), 0.0)
+  total = (weights * groups).sum(axis=1, keepdims=True, where=scored)
+  return _minus(groups, total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)).reshape(-1)
+
+
+def informative_groups(rewards, *, group_size):
+  """False for groups whose rewards are all equal, which teach nothing; DAPO resamples them. [P]."""
+  return ~_tied(in_groups(rewards, group_size))[:, 0]
 
 
 def informative_group_scaled(rewards, *, group_size):
@@ -93,10 +147,9 @@ def informative_group_scaled(rewards, *, group_size):
 
   Source: arXiv:2504.02546. verl's code counts rewards of 0 for M; the paper is followed here.
   """
-  groups = in_groups(rewards, group_size, at_least=2)
-  informative = (~_tied(groups)).sum().astype(rewards.dtype)
-  scale = groups.shape[0] / jnp.maximum(informative, 1.0)
-  return (scale * _centred(groups)).reshape(-1)
+  informative = informative_groups(rewards, group_size=group_size)
+  scale = informative.size / jnp.maximum(informative.sum(), 1).astype(rewards.dtype)
+  return scale * group_centred(rewards, group_size=group_size)
 
 
 def pass_at_k(rewards, *, group_size, epsilon=1e-6):
@@ -105,9 +158,9 @@ def pass_at_k(rewards, *, group_size, epsilon=1e-6):
   Of several best ones none stands out, and the group gets 0. Source: arXiv:2503.19595.
   """
   groups = in_groups(rewards, group_size, at_least=2)
-  ordered = jnp.sort(groups, axis=1)
-  gain = (ordered[:, -1:] - ordered[:, -2:-1]) / (groups.std(axis=1, ddof=1, keepdims=True) + epsilon)
-  return jnp.where(groups == ordered[:, -1:], gain, 0.0).reshape(-1)
+  ordered = jnp.sort(jnp.where(jnp.isnan(groups), -jnp.inf, groups), axis=1)
+  gain = (ordered[:, -1:] - ordered[:, -2:-1]) / (_std(groups) + epsilon)
+  return jnp.where((groups == ordered[:, -1:]) & ~_tied(groups), gain, 0.0).reshape(-1)
 
 
 def component_normalized(reward_components, *, group_size, reward_weights=None, epsilon=1e-4):
@@ -132,26 +185,48 @@ def component_normalized(reward_components, *, group_size, reward_weights=None, 
   return (total - total.mean()) / (total.std(ddof=1) + epsilon)
 
 
-def reward_minus_penalty(
-    rewards, *, loss_mask, old_log_probs, reference_log_probs, reward_kl_coefficient):
-  """Folds the k1 KL of the whole completion into its reward, R - β Σ_t (ℓᵒ_t - ℓ⁰_t). [B]."""
-  old_log_probs, reference_log_probs = masking.clean(
-      loss_mask, old_log_probs=old_log_probs, reference_log_probs=reference_log_probs)
-  return rewards - reward_kl_coefficient * (old_log_probs - reference_log_probs).sum(axis=1)
-
-
 def leave_one_out_with_kl(
     rewards, *, group_size, loss_mask=None, old_log_probs=None, reference_log_probs=None,
     reward_kl_coefficient=0.05):
-  """RLOO's advantage: leave-one-out of the reward less the KL to the reference. [B].
+  """RLOO's advantage: leave-one-out of R - β Σ_t (ℓᵒ_t - ℓ⁰_t), the reward less the whole KL. [B].
 
-  Source: arXiv:2402.14740; `reward_kl_coefficient` .05 is TRL's, 0 needs no reference model.
+  Source: arXiv:2402.14740; β .05 is TRL's, and 0 needs neither reference nor old log-probs.
   """
   if reward_kl_coefficient:
-    rewards = reward_minus_penalty(
-        rewards, loss_mask=loss_mask, old_log_probs=old_log_probs,
-        reference_log_probs=masking.required(
-            reference_log_probs, 'reference_log_probs',
-            f'reward_kl_coefficient={reward_kl_coefficient}'),
-        reward_kl_coefficient=reward_kl_coefficient)
+    penalty = returns.kl_in_reward(
+        loss_mask, old_log_probs, reference_log_probs, reward_kl_coefficient)
+    rewards = rewards - penalty.sum(axis=1)
   return leave_one_out(rewards, group_size=group_size)
+
+
+def win_margin(rewards):
+  """P(y beats y') - ½, where the reward is a judge's win probability. [B]. Nash-MD."""
+  return jnp.nan_to_num(rewards - 0.5)
+
+
+def minus_optimal_value(rewards, *, optimal_values):
+  """R - V*, where V* [B] is `optimal_value` of the completion's prompt. A*-PO, arXiv:2505.20686."""
+  return jnp.nan_to_num(rewards - optimal_values)
+
+
+def optimal_value(reference_rewards, *, temperature=0.5):
+  """V*(x) = β₁ log mean_k exp(R_k / β₁) of [P, K] rewards of the reference's own samples. [P].
+
+  Source: A*-PO, arXiv:2505.20686, stage 1; β₁ is `temperature`.
+  """
+  chex.assert_rank(reference_rewards, 2)
+  return jax.vmap(
+      functools.partial(reduction.log_sum_exp, temperature=temperature))(reference_rewards)
+
+
+def overlong_penalty(lengths, *, max_completion_tokens, cache_tokens):
+  """DAPO's soft penalty, added to the reward: 0, then linear to -1 over the last `cache_tokens`.
+
+  `lengths` [B] in tokens; at `max_completion_tokens` the penalty is -1. Source: arXiv:2503.14476,
+  eq. 13.
+  """
+  if not 0 < cache_tokens <= max_completion_tokens:
+    raise ValueError(f'cache_tokens={cache_tokens}: expected 1 to max_completion_tokens='
+                     f'{max_completion_tokens}')
+  start = max_completion_tokens - cache_tokens
+  return -jnp.clip((jnp.asarray(lengths, jnp.float32) - start) / cache_tokens, 0.0, 1.0)

@@ -23,3 +23,61 @@ def k3(log_probs, reference_log_probs):
   log_ratio = -k1(log_probs, reference_log_probs)
   bounded = jnp.clip(log_ratio, -denominator.MAX_LOG_RATIO, denominator.MAX_LOG_RATIO)
   return jnp.exp(bounded) - log_ratio - 1.0
+
+
+def forward_kl(logits, teacher_logits):
+  """KL(teacher || student) over the vocabulary, [..., V] logits -> [...] nats."""
+  return jensen_shannon(logits, teacher_logits, interpolation=0.0)
+
+
+def reverse_kl(logits, teacher_logits):
+  """KL(student || teacher) over the vocabulary, [..., V] logits -> [...] nats."""
+  return jensen_shannon(logits, teacher_logits, interpolation=1.0)
+
+
+def jensen_shannon(logits, teacher_logits, *, interpolation=0.5):
+  """Generalized Jensen-Shannon divergence, b KL(p_T || M) + (1 - b) KL(p_S || M).
+
+  M = b p_T + (1 - b) p_S; by definition b = 0 is KL(p_T || p_S) and b = 1 is KL(p_S || p_T).
+
+  Args:
+    logits: [..., V]; the student's, which carry the gradient. Log-probs do too.
+    teacher_logits: [..., V]; the teacher's, over the same vocabulary.
+    interpolation: b in [0, 1].
+  Returns:
+    [...] nats. Source: arXiv:2306.13649, eq. 1.
+  """
+  chex.assert_equal_shape(
+      [logits, teacher_logits], exception_type=ValueError,
+      custom_message='student and teacher must share a vocabulary')
+  if not 0.0 <= interpolation <= 1.0:
+    raise ValueError(f'interpolation={interpolation}: expected a number in [0, 1]')
+  student = jax.nn.log_softmax(logits, axis=-1)
+  teacher = jax.nn.log_softmax(teacher_logits, axis=-1)
+  kl = lambda log_p, log_q: (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+  if interpolation == 0.0:
+    return kl(teacher, student)
+  if interpolation == 1.0:
+    return kl(student, teacher)
+  b = jnp.asarray(interpolation, student.dtype)
+  mixture = jnp.logaddexp(jnp.log(b) + teacher, jnp.log1p(-b) + student)
+  return b * kl(teacher, mixture) + (1.0 - b) * kl(student, mixture)
+
+
+def onto_top_k(logits, teacher_logits, *, top_k):
+  """Both distributions over the student's `top_k` tokens and one bucket for all the others.
+
+  Returns:
+    Two arrays of log-probs [..., top_k + 1], each summing to 1 in probability.
+  """
+  top_k = min(top_k, logits.shape[-1])
+  student = jax.nn.log_softmax(logits, axis=-1)
+  teacher = jax.nn.log_softmax(teacher_logits, axis=-1)
+  _, indices = jax.lax.top_k(student, top_k)
+  return tuple(_with_tail(jnp.take_along_axis(x, indices, axis=-1)) for x in (student, teacher))
+
+
+def _with_tail(log_probs):
+  mass = jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)
+  mass = jnp.where(mass < -1e-7, mass, -1e-7)  # all of it in the top: a bucket of 1e-7
+  return jnp.concatenate([log_probs, jnp.log(-jnp.expm1(mass))], axis=-1)

@@ -1,6 +1,5 @@
 """The door of every piece and loss: shapes are checked and padding is made harmless."""
 
-import chex
 import jax.numpy as jnp
 
 
@@ -16,12 +15,14 @@ def clean(loss_mask, **arrays):
   Returns:
     The arrays in the order given; a single array if one was given.
   """
-  chex.assert_rank(loss_mask, 2)
-  chex.assert_type(loss_mask, bool)
+  if loss_mask.ndim != 2 or loss_mask.dtype != bool:
+    raise ValueError(
+        f'loss_mask is {loss_mask.dtype}{list(loss_mask.shape)}: expected bool[B, T]')
   cleaned = []
   for name, array in arrays.items():
-    chex.assert_shape(
-        array, loss_mask.shape, custom_message=f'{name} must have the shape of loss_mask')
+    if array.shape != loss_mask.shape:
+      raise ValueError(
+          f'{name} has shape {array.shape}: expected that of loss_mask, {loss_mask.shape}')
     array = jnp.asarray(array, jnp.promote_types(array.dtype, jnp.float32))
     cleaned.append(jnp.where(loss_mask, array, 0.0))
   return cleaned[0] if len(cleaned) == 1 else tuple(cleaned)

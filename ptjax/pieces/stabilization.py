@@ -8,6 +8,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ptjax.pieces import masking
+from ptjax.pieces import reduction
+
 
 def clip_mask(ratio, advantages, *, low, high):
   """False where PPO's clip is active: the ratio has left [1 - low, 1 + high] the way Â pushes it.
@@ -53,3 +56,57 @@ def soft_gate(ratio, advantages, *, temperature_positive, temperature_negative):
   z = temperature * (ratio - 1.0)
   gate = 4.0 * jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)
   return gate, 4.0 / temperature * jax.nn.sigmoid(z)
+
+
+def gamma_gate(log_ratio, advantages, *, shape_positive, rate_positive, shape_negative,
+               rate_negative):
+  """VESPO's gate φ(W) / W with φ(W) = W^k exp(λ (1 - W)), 1 at ratio 1 (2602.10693).
+
+  Unlike a mask it may exceed 1, where φ sits above the ratio W itself.
+
+  Args:
+    log_ratio: [B, T] nats, log W, clamped by the caller.
+    advantages: [B, T]; their sign chooses between the two pairs (k, λ).
+  """
+  k = jnp.where(advantages >= 0, shape_positive, shape_negative).astype(log_ratio.dtype)
+  rate = jnp.where(advantages >= 0, rate_positive, rate_negative).astype(log_ratio.dtype)
+  return jnp.exp(rate + (k - 1.0) * log_ratio - rate * jnp.exp(log_ratio))
+
+
+def covariance(advantages, log_probs, loss_mask):
+  """(Â - mean Â)(log π - mean log π) of each token, means over the mask; no gradient. [B, T]."""
+  log_probs = jax.lax.stop_gradient(log_probs)
+  centred = lambda x: x - reduction.token_mean(x, loss_mask)
+  return centred(advantages) * centred(log_probs)
+
+
+def largest(scores, loss_mask, *, fraction):
+  """True for the max(1, floor(fraction · N)) tokens on the mask with the largest finite scores.
+
+  Of equal scores the earlier token goes first. [B, T] bool; N counts the tokens on the mask.
+  """
+  count = jnp.maximum((fraction * loss_mask.sum().astype(scores.dtype)).astype(jnp.int32), 1)
+  most = max(int(fraction * scores.size), 1)  # static, and no smaller than count
+  values, indices = jax.lax.top_k(jnp.where(loss_mask, scores, -jnp.inf).reshape(-1), most)
+  chosen = (jnp.arange(most) < count) & jnp.isfinite(values)
+  return jnp.zeros(scores.size, bool).at[indices].set(chosen).reshape(scores.shape)
+
+
+def off_policy_mask(log_probs, rollout_log_probs, advantages, loss_mask, *, threshold):
+  """False for discouraged sequences that have drifted: mean_t (ℓʳ - ℓ) > threshold. [B, T] bool.
+
+  Source: DeepSeek-V3.2, arXiv:2512.02556.
+  """
+  drift = jnp.sum(rollout_log_probs - log_probs, axis=1, keepdims=True, where=loss_mask)
+  drift = drift / masking.lengths(loss_mask, log_probs.dtype)[:, None]
+  return (advantages >= 0) | (drift <= threshold)
+
+
+def top_entropy_mask(entropy, loss_mask, *, fraction):
+  """True for the `fraction` of the batch's tokens with the highest entropy. [B, T] bool.
+
+  Source: arXiv:2506.01939, where the fraction is .2.
+  """
+  values = jnp.where(loss_mask, entropy, jnp.nan)
+  threshold = jnp.nanquantile(jax.lax.stop_gradient(values), 1.0 - fraction)
+  return loss_mask & (jnp.where(loss_mask, entropy, 0.0) >= threshold)

@@ -1,0 +1,137 @@
+"""Learning from a teacher: over the whole vocabulary, or from its log-probs of sampled tokens.
+
+Arguments that mean the same everywhere:
+
+  log_probs: [B, T] float32, nats; log π_θ of each target token. Carries the gradient.
+  logits: [B, T, V]; the student's, which carry the gradient of the vocabulary terms.
+  teacher_logits: [B, T, V]; the teacher's, over the same vocabulary. No gradient.
+  teacher_log_probs: [B, T] nats; the teacher's log-probs of the target tokens.
+  old_log_probs: [B, T] nats; the student's own when it sampled the tokens.
+  loss_mask: [B, T] bool.
+
+The vocabulary terms are not policy gradients of the sampled token: their weight lies on all of V.
+Sequence-level distillation (arXiv:1606.07947) is `imitation.sft_loss` on the teacher's text.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ptjax.losses import imitation
+from ptjax.losses import policy_gradient
+from ptjax.pieces import bounds
+from ptjax.pieces import denominator
+from ptjax.pieces import divergence
+from ptjax.pieces import likelihood
+from ptjax.pieces import masking
+from ptjax.pieces import reduction
+
+
+def _clean_logits(loss_mask, logits, teacher_logits):
+  if logits.shape != teacher_logits.shape or logits.shape[:2] != loss_mask.shape:
+    raise ValueError(
+        f'logits {logits.shape} and teacher_logits {teacher_logits.shape} must both be [B, T, V] '
+        f'with [B, T] of loss_mask, {loss_mask.shape}: student and teacher share a vocabulary')
+  clean = lambda x: jnp.where(
+      loss_mask[..., None], jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), 0.0)
+  return clean(logits), jax.lax.stop_gradient(clean(teacher_logits))
+
+
+def kd_loss(log_probs, *, logits, teacher_logits, loss_mask, nll_coefficient=0.5, temperature=2.0):
+  """Knowledge distillation: a · NLL + (1 - a) T² KL(teacher || student) at temperature T.
+
+  The NLL is at temperature 1. Source: arXiv:1503.02531, section 2; a and T of oxRL.
+  """
+  bounds.positive(temperature=temperature)
+  logits, teacher_logits = _clean_logits(loss_mask, logits, teacher_logits)
+  nll, metrics = imitation.sft_loss(log_probs, loss_mask=loss_mask)
+  kl = reduction.token_mean(
+      divergence.forward_kl(logits / temperature, teacher_logits / temperature), loss_mask)
+  loss = nll_coefficient * nll + (1.0 - nll_coefficient) * temperature**2 * kl
+  return loss, {**metrics, 'distillation/divergence': jax.lax.stop_gradient(kl)}
+
+
+def gkd_loss(log_probs, *, logits, teacher_logits, loss_mask, interpolation=0.5, temperature=1.0):
+  """Generalized KD: mean per token of the Jensen-Shannon divergence between teacher and student.
+
+  The text is the data's or, usually half the time, the student's own. `interpolation` 0 is the
+  forward KL, 1 the reverse. `log_probs` only sets the batch. Source: arXiv:2306.13649, eq. 1.
+  """
+  del log_probs
+  bounds.positive(temperature=temperature)
+  logits, teacher_logits = _clean_logits(loss_mask, logits, teacher_logits)
+  loss = reduction.token_mean(divergence.jensen_shannon(
+      logits / temperature, teacher_logits / temperature, interpolation=interpolation), loss_mask)
+  return loss, {'distillation/divergence': jax.lax.stop_gradient(loss)}
+
+
+def opd_loss(log_probs, *, old_log_probs, teacher_log_probs, loss_mask):
+  """On-policy distillation by sampled reverse KL: advantage log π_teacher - log π_old per token.
+
+  Source: Thinking Machines, *On-Policy Distillation*, 2025; MiniLLM, arXiv:2306.08543.
+  """
+  return _teacher_ratio_loss(log_probs, old_log_probs, teacher_log_probs, loss_mask, 1.0)
+
+
+def iw_opd_loss(log_probs, *, old_log_probs, teacher_log_probs, loss_mask, gamma=0.5):
+  """On-policy distillation whose early tokens weigh more.
+
+  Token t weighs 1 + γ (1 - Σ_{u<t} |Â_u| / Σ_u |Â_u|). Source: arXiv:2606.22600.
+  """
+  masking.non_negative(gamma=gamma)
+  old, teacher = masking.clean(
+      loss_mask, old_log_probs=old_log_probs, teacher_log_probs=teacher_log_probs)
+  size = jnp.abs(teacher - old)
+  before = jnp.cumsum(size, axis=1) - size
+  total = jnp.maximum(size.sum(axis=1, keepdims=True), 1e-8)
+  weights = 1.0 + gamma * (1.0 - before / total)
+  return _teacher_ratio_loss(log_probs, old_log_probs, teacher_log_probs, loss_mask, weights)
+
+
+def _teacher_ratio_loss(log_probs, old_log_probs, teacher_log_probs, loss_mask, weights):
+  log_probs, old, teacher = masking.clean(
+      loss_mask, log_probs=log_probs, old_log_probs=old_log_probs,
+      teacher_log_probs=teacher_log_probs)
+  ratio = denominator.old(log_probs, old)
+  advantages = weights * (teacher - old)
+  return likelihood.weighted_loss(
+      log_probs, loss_mask, advantages=advantages, ratio=ratio, value=ratio * advantages,
+      reduce=reduction.token_mean)
+
+
+def sdft_loss(log_probs, *, logits, teacher_logits, old_log_probs, loss_mask, interpolation=0.5,
+              top_k=100, max_ratio=2.0):
+  """Self-distillation from the policy itself with privileged context (the answer, say).
+
+  The Jensen-Shannon divergence over the student's top_k tokens and one bucket for the rest, times
+  the ratio to the sampling policy, truncated at `max_ratio` and stopped; mean per sequence.
+  Source: arXiv:2601.19897; TRL's experimental SDFTTrainer.
+  """
+  logits, teacher_logits = _clean_logits(loss_mask, logits, teacher_logits)
+  log_probs, old_log_probs = masking.clean(
+      loss_mask, log_probs=log_probs, old_log_probs=old_log_probs)
+  per_token = divergence.jensen_shannon(
+      *divergence.onto_top_k(logits, teacher_logits, top_k=top_k), interpolation=interpolation)
+  ratio = denominator.truncated(denominator.old(log_probs, old_log_probs), max_ratio=max_ratio)
+  loss = reduction.sequence_mean(jax.lax.stop_gradient(ratio) * per_token, loss_mask)
+  return loss, {'distillation/divergence': jax.lax.stop_gradient(
+      reduction.token_mean(per_token, loss_mask))}
+
+
+def sdpo_loss(log_probs, *, logits, teacher_logits, old_log_probs, advantages, loss_mask,
+              distillation_weight=1.0, interpolation=0.5, top_k=5, max_ratio=2.0, clip_low=0.2,
+              clip_high=0.2):
+  """Self-distillation policy optimization: (1 - w) · GRPO + w · self-distillation.
+
+  The teacher is the policy shown feedback or a successful rollout. Source: arXiv:2601.20802; TRL's
+  experimental SDPOTrainer.
+  """
+  if not 0.0 <= distillation_weight <= 1.0:
+    raise ValueError(f'distillation_weight={distillation_weight}: expected a number in [0, 1]')
+  distilled, metrics = sdft_loss(
+      log_probs, logits=logits, teacher_logits=teacher_logits, old_log_probs=old_log_probs,
+      loss_mask=loss_mask, interpolation=interpolation, top_k=top_k, max_ratio=max_ratio)
+  policy, policy_metrics = policy_gradient.grpo_loss(
+      log_probs, old_log_probs=old_log_probs, advantages=advantages, loss_mask=loss_mask,
+      clip_low=clip_low, clip_high=clip_high)
+  loss = (1.0 - distillation_weight) * policy + distillation_weight * distilled
+  return loss, {**policy_metrics, **metrics}

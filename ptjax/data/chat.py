@@ -1,0 +1,195 @@
+"""From text or messages to token ids, once.
+
+Text is encoded as it stands, with the beginning-of-text token where the tokenizer adds one.
+Messages go through the tokenizer's own chat template. Ids made here are kept: nothing decodes
+them and encodes the text again, which need not give the same ids.
+"""
+
+from collections import abc
+
+from ptjax import config
+
+# ShareGPT's words for the same things.
+_ROLES = {'human': 'user', 'gpt': 'assistant'}
+
+
+def messages(value):
+  """Returns a message list as `[{'role', 'content', ...}]`, or None if `value` is not one.
+
+  Understands ShareGPT's `from` and `value`, and drops keys that hold None (Arrow fills them in).
+  """
+  if not isinstance(value, (list, tuple)) or not value:
+    return None
+  result = []
+  for message in value:
+    if not isinstance(message, abc.Mapping):
+      return None
+    message = {key: item for key, item in message.items() if item is not None}
+    if 'from' in message and 'value' in message:
+      role = message.pop('from')
+      message = {'role': _ROLES.get(role, role), 'content': message.pop('value'), **message}
+    if 'role' not in message or not {'content', 'tool_calls'} & set(message):
+      return None
+    result.append(message)
+  return result
+
+
+def render(tokenizer, conversation, *, where, prompt=False):
+  """Writes messages as text with the tokenizer's chat template.
+
+  Args:
+    tokenizer: a Hugging Face tokenizer.
+    conversation: messages, as `messages` returns them.
+    where: names the row in errors.
+    prompt: True where an answer is to follow: the assistant's turn is opened, or continued if the
+      last message is the assistant's.
+  Raises:
+    UserError: the tokenizer has no template, or the template refuses the messages.
+  """
+  if not tokenizer.chat_template:
+    raise config.UserError(
+        f'{where} is a list of messages, but the tokenizer '
+        f'{tokenizer.name_or_path or "made in memory"} has no chat template; use a chat '
+        'model\'s tokenizer (chat_template in tokenizer_config.json), or give prompts as text')
+  continues = prompt and conversation[-1]['role'] == 'assistant'
+  try:
+    return tokenizer.apply_chat_template(
+        conversation, tokenize=False, add_generation_prompt=prompt and not continues,
+        continue_final_message=continues)
+  except Exception as error:  # a template is a program of the model's author: anything may come
+    reason = ' '.join(str(error).split())
+    raise config.UserError(f'{where}: the chat template refuses these messages: {reason}') from error
+
+
+def prompts(tokenizer, values, *, where):
+  """Encodes prompts.
+
+  Args:
+    tokenizer: a Hugging Face tokenizer.
+    values: texts and message lists, mixed as they come.
+    where: function from the position in `values` to the row's name in errors.
+  Returns:
+    List of texts (messages rendered) and list of id lists, of the same length.
+  Raises:
+    UserError: a value that is neither, or messages without a chat template.
+  """
+  texts, is_text = [], []
+  for i, value in enumerate(values):
+    is_text.append(isinstance(value, str))
+    if is_text[-1]:
+      texts.append(value)
+      continue
+    conversation = messages(value)
+    if conversation is None:
+      raise config.UserError(
+          f"{where(i)}: a prompt is text or a list of messages {{'role': ..., 'content': ...}}, "
+          f'not {_describe(value)}')
+    texts.append(render(tokenizer, conversation, where=where(i), prompt=True))
+  return texts, _encode_all(tokenizer, texts, is_text)
+
+
+def pairs(tokenizer, questions, answers, *, end_ids, where):
+  """Encodes prompts with the completions that follow them.
+
+  The ids of a prompt are those `prompts` gives, so that what is trained is what will be sampled
+  from. A completion ends with an end token: the one the chat template writes, else the
+  tokenizer's.
+
+  Args:
+    tokenizer: a Hugging Face tokenizer.
+    questions: texts or message lists.
+    answers: texts; or, where the question is messages, text or messages.
+    end_ids: ids that end a completion (`tokenizer.eos_ids`).
+    where: as in `prompts`.
+  Returns:
+    (prompt texts, prompt ids, completion ids), three lists.
+  Raises:
+    UserError: as `prompts`; or a template that writes the prompt differently once the answer
+      stands behind it.
+  """
+  texts, prompt_ids = prompts(tokenizer, questions, where=where)
+  wholes = []
+  for i, (question, answer, text) in enumerate(zip(questions, answers, texts)):
+    if isinstance(question, str):
+      if not isinstance(answer, str):
+        raise config.UserError(f'{where(i)}: after a prompt given as text a completion must be '
+                               f'text, not {_describe(answer)}')
+      wholes.append(text + answer)
+    else:
+      wholes.append(_whole_conversation(tokenizer, question, answer, text, where(i)))
+  is_text = [isinstance(question, str) for question in questions]
+  whole_ids = _encode_all(tokenizer, wholes, is_text)
+  completions = []
+  for text, whole, ids, both in zip(texts, wholes, prompt_ids, whole_ids):
+    if both[:len(ids)] == ids:
+      completion = both[len(ids):]
+    else:  # a token reaches across the seam, where a sampled completion could not have it
+      completion = _continuation_ids(tokenizer, whole[len(text):])
+    completions.append(completion)
+  completions = [_end(completion, end_ids, cut=not text_only)
+                 for completion, text_only in zip(completions, is_text)]
+  return texts, prompt_ids, completions
+
+
+def _whole_conversation(tokenizer, question, answer, prompt_text, where):
+  reply = [{'role': 'assistant', 'content': answer}] if isinstance(answer, str) else messages(answer)
+  if reply is None:
+    raise config.UserError(
+        f'{where}: a completion is text or a list of messages, not {_describe(answer)}')
+  whole = render(tokenizer, messages(question) + reply, where=where)
+  if not whole.startswith(prompt_text):
+    raise config.UserError(
+        f'{where}: the chat template writes the prompt differently once the answer follows, so the '
+        'answer\'s tokens cannot be told apart; the prompt should end before the answer\'s turn')
+  return whole
+
+
+def _encode_all(tokenizer, texts, is_text):
+  """Encodes texts in one call per kind; a rendered template has its special tokens already."""
+  ids = [None] * len(texts)
+  for kind in (True, False):
+    places = [i for i, value in enumerate(is_text) if value is kind]
+    if not places:
+      continue
+    encoded = tokenizer(
+        [texts[i] for i in places], add_special_tokens=kind, verbose=False)['input_ids']
+    for i, row in zip(places, encoded):
+      ids[i] = list(row)
+  # Some tokenizers end every text; a prompt, or an answer that is ended below, is not at its end.
+  eos = tokenizer.eos_token_id
+  for i, row in enumerate(ids):
+    if is_text[i] and len(row) > 1 and row[-1] == eos and not texts[i].endswith(
+        tokenizer.eos_token):
+      ids[i] = row[:-1]
+  return ids
+
+
+def _continuation_ids(tokenizer, text):
+  """Encodes text that does not begin a document.
+
+  SentencePiece-like tokenizers put a space before the first word, which a continuation must not
+  have; a line break in front takes it up.
+  """
+  anchor = _plain_ids(tokenizer, '\n')
+  anchored = _plain_ids(tokenizer, '\n' + text)
+  if anchored[:len(anchor)] == anchor:
+    return anchored[len(anchor):]
+  return _plain_ids(tokenizer, text)
+
+
+def _plain_ids(tokenizer, text):
+  return list(tokenizer(text, add_special_tokens=False, verbose=False)['input_ids'])
+
+
+def _end(ids, end_ids, *, cut):
+  """Makes a completion end with an end token; `cut` drops what a template writes behind it."""
+  if cut:
+    for i in reversed(range(len(ids))):
+      if ids[i] in end_ids:
+        return ids[:i + 1]
+  return ids if ids and ids[-1] in end_ids else ids + [end_ids[0]]
+
+
+def _describe(value):
+  text = repr(value)
+  return f'{type(value).__name__} {text if len(text) <= 60 else text[:57] + "..."}'

@@ -1,0 +1,118 @@
+"""The column names people already have, and what to say when a door does not find its own.
+
+A recognised format adds columns to a row; it removes none, so a reward function still sees every
+column of the file by its name.
+"""
+
+import re
+
+from ptjax import config
+
+_NUMBER = re.compile(r'-?\d[\d,]*(\.\d+)?')
+# Where people keep a prompt or a completion under another name: for the hint in an error.
+_ALIASES = {
+    'prompt': ('question', 'query', 'problem', 'instruction', 'input', 'text', 'conversations',
+               'sentence1'),
+    'completion': ('answer', 'output', 'response', 'solution', 'target', 'text'),
+}
+
+
+def recognise(columns):
+  """Returns how to make our columns from those of a known format.
+
+  GSM8K: `question` becomes `prompt`, the worked `answer` becomes `completion`, and `answer` is
+  what stands behind `####`, without thousands separators. Alpaca: `prompt` is `instruction`, a
+  blank line and `input`, if there is any; `completion` is `output`.
+
+  Args:
+    columns: names present.
+  Returns:
+    Dict of column name -> function of a row; empty where nothing is recognised.
+  """
+  columns = set(columns)
+  if columns & {'prompt', 'messages'}:
+    return {}
+  if {'question', 'answer'} <= columns:
+    return {'prompt': _cell('question'), 'completion': _cell('answer'), 'answer': _final_answer}
+  if {'instruction', 'output'} <= columns:
+    return {'prompt': _instruction, 'completion': _cell('output')}
+  return {}
+
+
+def flatten(rows):
+  """Unfolds Self-Instruct's `instances` (a list of input and output) into one row each.
+
+  Args:
+    rows: list of dicts.
+  Returns:
+    The rows themselves where there is nothing to unfold.
+  """
+  def folded(row):
+    return (isinstance(row.get('instances'), list) and 'instruction' in row
+            and all(isinstance(instance, dict) for instance in row['instances']))
+  if not rows or not all(folded(row) for row in rows):
+    return rows
+  return [{**{k: v for k, v in row.items() if k != 'instances'}, **instance}
+          for row in rows for instance in row['instances']]
+
+
+def mapping(columns, wanted, name):
+  """Returns the user's column mapping as functions of a row.
+
+  Args:
+    columns: names present.
+    wanted: dict of our name -> the data set's name.
+    name: of the data set, for errors.
+  Raises:
+    UserError: a mapping from a column that is not there.
+  """
+  for ours, theirs in wanted.items():
+    if theirs not in columns:
+      raise config.UserError(f'data.columns.{ours}={theirs}: {name} has no column {theirs!r}'
+                             + config.near_names(theirs, columns))
+  return {ours: _cell(theirs) for ours, theirs in wanted.items()}
+
+
+def require(rows, alternatives, door):
+  """Checks that a data set has the columns a door needs.
+
+  Args:
+    rows: `sources.Rows`.
+    alternatives: tuple of tuples of names; one of them must be there in full.
+    door: what the columns are for, e.g. 'prompts'.
+  Returns:
+    The first alternative present.
+  Raises:
+    UserError: none is; says what was expected, what was found and how to map it.
+  """
+  for names in alternatives:
+    if set(names) <= set(rows.columns):
+      return names
+  expected = ' or '.join(' and '.join(f'{name!r}' for name in names) for names in alternatives)
+  missing = [name for name in alternatives[0] if name not in rows.columns]
+  hints = []
+  for name in missing:
+    known = [alias for alias in _ALIASES.get(name, ()) if alias in rows.columns]
+    hints.append(f'--set data.columns.{name}={known[0] if known else "<your column>"}')
+  raise config.UserError(
+      f'{rows.name}: {door} need the columns {expected}; found '
+      f'{", ".join(repr(name) for name in rows.columns) or "none"}; map yours with '
+      f'{" ".join(hints)}')
+
+
+def _cell(name):
+  return lambda row: row[name]
+
+
+def _instruction(row):
+  if not isinstance(row['instruction'], str) or not row.get('input'):
+    return row['instruction']
+  return f"{row['instruction']}\n\n{row['input']}"
+
+
+def _final_answer(row):
+  answer = row['answer']
+  if not isinstance(answer, str) or '####' not in answer:
+    return answer
+  final = answer.rpartition('####')[2].strip()
+  return final.replace(',', '') if _NUMBER.fullmatch(final) else final

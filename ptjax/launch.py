@@ -1,6 +1,5 @@
 """The front door: `python -m ptjax.launch --algo=grpo`. The only absl flags, no logic of its own."""
 
-import os
 import sys
 import traceback
 
@@ -75,7 +74,6 @@ def resolve(values):
 
 def main(argv):
   """Runs the launcher; returns the exit code."""
-  out_dir = None
   try:
     if any(a in ('--help', '-h', '-help', '--helpfull') for a in argv[1:]):
       print(help_text())
@@ -89,28 +87,24 @@ def main(argv):
       print(algorithms.table_json() if values['json'] else algorithms.table_text())
       return 0
     config = resolve(values)
-    from ptjax import job
-    job.start_processes(values['coordinator'], values['num_processes'], values['process_id'])
+    from ptjax import assembly
+    assembly.start_processes(values['coordinator'], values['num_processes'], values['process_id'])
     if values['plan']:
       from ptjax import planner
       print(planner.plan(config))
       return 0
-    out_dir = job.out_dir(config)
-    job.run(config, command=' '.join(['python -m ptjax.launch', *argv[1:]]))
+    from ptjax import job
+    job.run(config, argv=argv)
     return 0
   except (settings.UserError, flags.Error) as error:
     print(f'ptjax: {error}', file=sys.stderr)
     return 2
   except Exception as error:  # the one place that turns a failure into an exit code
-    where = ''
-    if out_dir and os.path.isdir(out_dir):
-      where = f' (traceback in {os.path.join(out_dir, "error.txt")})'
-      with open(os.path.join(out_dir, 'error.txt'), 'w') as file:
-        file.write(traceback.format_exc())
-    else:
+    notes = getattr(error, '__notes__', [])
+    if not notes:  # it failed before there was a folder for the traceback
       traceback.print_exc()
-    cause = str(error).strip().splitlines()
-    print(f'ptjax: run failed: {type(error).__name__}: {cause[0] if cause else ""}{where}',
+    cause = str(error).strip().splitlines() or ['']
+    print(f'ptjax: run failed: {type(error).__name__}: {" ".join([cause[0], *notes])}',
           file=sys.stderr)
     return 1
 

@@ -5,10 +5,12 @@ are global on every process (see sharding.py).
 """
 
 import dataclasses
+import functools
 import inspect
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ptjax import config as settings
@@ -58,15 +60,15 @@ def score(reward_set, prompts, completions, columns):
   return dataclasses.replace(table, values=values, total=total, scored=scored)
 
 
-def estimate_advantages(estimator, rewards, scored, *, group_size, loss_mask):
+def estimate_advantages(estimator, rewards, scored, *, group_size, **arrays):
   """Calls an advantage estimator with the arrays it names.
 
   Args:
-    estimator: function of `rewards` [B] and, by name, `group_size` and `loss_mask` [B, T].
+    estimator: function of `rewards` [B] and, by name, `group_size` and any of `arrays`.
     rewards: [B] float; what stands where not `scored` is replaced by its group's mean.
     scored: [B] bool.
     group_size: completions per prompt.
-    loss_mask: [B, T] bool.
+    **arrays: `loss_mask`, `old_log_probs`, ... [B, T] each.
   Returns:
     [B] or [B, T] float32, 0 where not scored.
   """
@@ -74,32 +76,35 @@ def estimate_advantages(estimator, rewards, scored, *, group_size, loss_mask):
   counts = scored.reshape(-1, group_size).sum(1, keepdims=True)
   means = np.nansum(grouped, 1, keepdims=True) / np.maximum(counts, 1)
   filled = np.where(np.isnan(grouped), means, grouped).reshape(-1).astype(np.float32)
-  offered = {'rewards': filled, 'group_size': group_size, 'loss_mask': np.asarray(loss_mask)}
+  offered = {'rewards': jnp.asarray(filled), 'group_size': group_size, **arrays}
   names = inspect.signature(estimator).parameters
-  advantages = np.asarray(estimator(**{n: v for n, v in offered.items() if n in names}))
+  bound = estimator.keywords if isinstance(estimator, functools.partial) else {}
+  advantages = np.asarray(
+      estimator(**{n: v for n, v in offered.items() if n in names and n not in bound}))
   keep = scored if advantages.ndim == 1 else scored[:, None]
   return np.where(keep, advantages, 0.0).astype(np.float32)
 
 
-def assemble(prompts, rollouts, advantages, *, scored, mask_truncated=False, **inputs):
-  """Makes the batch.
+def assemble(prompts, rollouts, *, scored, mask_truncated=False, reuse_log_probs=False):
+  """Makes the batch, still without advantages.
 
   Args:
     prompts: types.Prompts with NumPy leaves, P rows.
     rollouts: types.Rollouts with NumPy leaves, B rows.
-    advantages: [B] or [B, T] float32.
     scored: [B] bool; completions without a reward do not train.
     mask_truncated: whether completions cut off by the length limit do not train.
-    **inputs: further loss inputs, leading dimension B; None is left out.
+    reuse_log_probs: whether the sampler's log-probs are the old ones; else the trainer's are.
   Returns:
     types.TokenBatch with NumPy leaves.
   """
   keep = scored & ~rollouts.truncated if mask_truncated else scored
-  arrays = {'advantages': advantages, 'rollout_log_probs': rollouts.log_probs, **inputs}
+  inputs = {'rollout_log_probs': rollouts.log_probs}
+  if reuse_log_probs:
+    inputs['old_log_probs'] = rollouts.log_probs
   return types.TokenBatch(
       prompt_tokens=prompts.tokens, prompt_lengths=prompts.lengths, tokens=rollouts.tokens,
-      loss_mask=rollouts.loss_mask & keep[:, None], on_policy=np.asarray(True),
-      inputs={name: x for name, x in arrays.items() if x is not None})
+      loss_mask=rollouts.loss_mask & keep[:, None], on_policy=np.asarray(not reuse_log_probs),
+      inputs=inputs)
 
 
 def rollout_metrics(table, rollouts, group_size):
@@ -138,7 +143,7 @@ class Collector:
     sample: the compiled sampler, `(params, prompts, key) -> Rollouts`.
     tokenizer: a Hugging Face tokenizer.
     reward_set: rewards.combine.RewardSet.
-    estimator: advantage estimator, or None (advantage 1).
+    estimator: advantage estimator, or None where the loss takes none.
     rollout: RolloutSettings.
     mask_truncated: see `assemble`.
     seed: the run's seed.
@@ -174,21 +179,17 @@ class Collector:
     table = score(self.reward_set, prompt_texts, completions,
                   {name: repeat(values) for name, values in drawn.columns.items()})
     clock.lap('reward')
-    advantages = np.ones(len(completions), np.float32) if self.estimator is None else (
-        estimate_advantages(self.estimator, table.total, table.scored, group_size=group,
-                            loss_mask=rollouts.loss_mask))
-    batch = assemble(prompts, rollouts, advantages, scored=table.scored,
-                     mask_truncated=self.mask_truncated)
-    extra = {}
-    if self.rollout.reuse_log_probs:
-      batch = batch.replace(on_policy=np.asarray(False))
-      extra['old_log_probs'] = rollouts.log_probs
-    elif self.old_log_probs is not None:
-      extra['old_log_probs'] = self.old_log_probs(params, batch)
+    batch = assemble(prompts, rollouts, scored=table.scored, mask_truncated=self.mask_truncated,
+                     reuse_log_probs=self.rollout.reuse_log_probs)
+    if self.old_log_probs is not None and not self.rollout.reuse_log_probs:
+      batch.inputs['old_log_probs'] = self.old_log_probs(params, batch)
     if self.reference_log_probs is not None:
-      extra['reference_log_probs'] = self.reference_log_probs(batch)
+      batch.inputs['reference_log_probs'] = self.reference_log_probs(batch)
+    if self.estimator is not None:
+      batch.inputs['advantages'] = estimate_advantages(
+          self.estimator, table.total, table.scored, group_size=group,
+          loss_mask=batch.loss_mask, **batch.inputs)
     clock.lap('log_probs')
-    batch = batch.replace(inputs={**batch.inputs, **extra})
     tokens = int(rollouts.loss_mask.sum())
     metrics = {
         **rollout_metrics(table, rollouts, group), **clock.laps,

@@ -1,5 +1,6 @@
 """The loop around the train step: it owns time, disk and interruptions; what it calls is pure."""
 
+import contextlib
 import dataclasses
 import signal
 import threading
@@ -124,7 +125,8 @@ def run(stage, state, source, train_step, *, record, save, evaluate=None, eval_e
     save(stage.first_step + step, state, pending, pending_metrics, dict(counters))
     counters['once'] = {'timing_s/checkpoint': time.perf_counter() - started}
 
-  for step in range(int(sharding.fetch(state.step)), stage.steps):
+  def take_step(step):
+    nonlocal state, waiting
     if source.waits_for_params:
       flush()
     batch, metrics, samples = source.batch(state.params, step)
@@ -133,18 +135,25 @@ def run(stage, state, source, train_step, *, record, save, evaluate=None, eval_e
     flush()
     waiting = (stage.first_step + step + 1, metrics, on_device, samples, started)
     last = step + 1 == stage.steps
-    evaluate_now = evaluate is not None and (last or (eval_every and (step + 1) % eval_every == 0))
-    save_now = last or (step + 1) % checkpoint_every == 0 or interrupt.requested
-    if evaluate_now:
+    if evaluate is not None and (last or (eval_every and (step + 1) % eval_every == 0)):
       jax.block_until_ready(on_device)
       metrics['timing_s/update'] = time.perf_counter() - started
       eval_started = time.perf_counter()
       metrics.update(evaluate(state.params))
       metrics['timing_s/eval'] = time.perf_counter() - eval_started
-    if save_now:
+    if last or (step + 1) % checkpoint_every == 0 or interrupt.requested:
       flush()
       checkpoint(step + 1)
-    if interrupt.requested and not last:
-      return state, False
-  flush()
+
+  for step in range(int(sharding.fetch(state.step)), stage.steps):
+    try:
+      take_step(step)
+    except Exception as error:
+      if not isinstance(error, TrainingFailed):
+        with contextlib.suppress(Exception):  # the first error is the one to report
+          flush()
+          checkpoint(int(sharding.fetch(state.step)))
+      raise
+    if interrupt.requested:
+      return state, step + 1 == stage.steps
   return state, True

@@ -13,32 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ptjax import config as settings
 from ptjax import sharding
 
 # What the policy's forward pass offers; a loss asks for one by naming a parameter so.
 MODEL_OUTPUTS = ('log_probs', 'entropy')
-
-
-def hyperparameters(loss):
-  """Returns `{name: default}` of a loss: its keyword parameters that have a default."""
-  return {name: p.default for name, p in inspect.signature(loss).parameters.items()
-          if p.default is not inspect.Parameter.empty}
-
-
-def bind(loss, **values):
-  """Returns `loss` with hyperparameters set.
-
-  Raises:
-    UserError: a name the loss does not have; the accepted ones are listed with their defaults.
-  """
-  known = hyperparameters(loss)
-  for name in values:
-    if name not in known:
-      accepted = ', '.join(f'{k}={v!r}' for k, v in known.items())
-      raise settings.UserError(f'loss.{name}: not a hyperparameter of this loss; it accepts '
-                               f'{accepted or "none"}')
-  return functools.partial(loss, **values) if values else loss
 
 
 def required_inputs(loss):

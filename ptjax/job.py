@@ -1,0 +1,217 @@
+"""Runs a whole job: folder, stages, checkpoints, evaluation, report."""
+
+import functools
+import os
+import sys
+import traceback
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+
+from ptjax import assembly
+from ptjax import config as settings
+from ptjax import keys
+from ptjax import sharding
+from ptjax.evaluation import evaluate as evaluation
+from ptjax.evaluation import tasks
+from ptjax.models import hub
+from ptjax.rollout import sampler
+from ptjax.training import algorithm as binding
+from ptjax.training import checkpoint
+from ptjax.training import experience
+from ptjax.training import loop
+from ptjax.training import metrics as metrics_files
+from ptjax.training import offline
+from ptjax.training import online
+from ptjax.training import optimizer as optimizers
+from ptjax.training import progress
+from ptjax.training import report
+from ptjax.training import run_folder
+from ptjax.training import state as training_state
+from ptjax.training import step as training_step
+
+
+def run(config, *, argv=None):
+  """Runs `config` to its end, or on from where its folder's newest checkpoint stands.
+
+  Args:
+    config: config.Config.
+    argv: the command line, for the report.
+  Raises:
+    UserError: something the user can set right; found before training where possible.
+    TrainingFailed, or what a stage raised; the traceback is then in error.txt.
+  """
+  assembly.use_compile_cache(config.log.compile_cache)
+  mesh = sharding.make_mesh(config.mesh)
+  plans = assembly.stage_plans(config)
+  policy = assembly.load_policy(config)
+  assembly.check(config, plans, policy.config, mesh)
+  data = assembly.load_data(config, plans, policy)
+  with run_folder.open_run(config, assembly.out_dir(config), argv=argv) as folder:
+    run_folder.check_writable(folder.path, assembly.bytes_needed(policy, config))
+    try:
+      _Run(config, folder, mesh, policy, plans, data).run()
+    except settings.UserError:
+      raise
+    except Exception as error:
+      path = folder.write_error(traceback.format_exc())
+      error.add_note(f'(traceback in {path})')
+      raise
+    finally:
+      data.rewards.close()
+
+
+class _Run:
+  """One run's open files and what its stages share."""
+
+  def __init__(self, config, folder, mesh, policy, plans, data):
+    self._config, self._folder, self._mesh = config, folder, mesh
+    self._policy, self._plans, self._data = policy, plans, data
+    self._compilations = loop.CompilationCounter()
+    self._checkpointer = checkpoint.Checkpointer(
+        folder.checkpoints, keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous)
+    self._total_steps = plans[-1].stage.first_step + plans[-1].stage.steps
+    self._counters = {'num_tokens': 0}
+    self._evaluate = self._make_evaluate()
+
+  def run(self):
+    """Trains every stage, then writes the model and the report."""
+    latest = self._checkpointer.latest() if self._folder.resuming else None
+    first = latest[1]['stage'] if latest else 0
+    self._writer = metrics_files.MetricsWriter(
+        self._folder.path, resume_step=latest[0] if latest else None,
+        tensorboard=self._config.log.tensorboard)
+    completed = True
+    with self._writer, loop.Interrupt() as interrupt, progress.Progress(
+        self._total_steps, initial=latest[0] if latest else 0) as self._progress:
+      params = None
+      for plan in self._plans[first:]:
+        params, completed = self._stage(plan, params, latest, interrupt)
+        latest = None
+        if not completed:
+          break
+      self._checkpointer.wait()
+    self._checkpointer.close()
+    if not completed:
+      print('interrupted; a checkpoint is saved. To go on: '
+            + ' '.join(['python -m ptjax.launch', *sys.argv[1:]]))
+      return
+    hub.export(os.path.join(self._folder.path, 'model'), self._policy.config, params,
+               self._policy.tokenizer, stop_ids=self._policy.stop_ids)
+    if jax.process_index() == 0:
+      self._finish()
+
+  def _finish(self):
+    lines = [f'model   {self._folder.path / "model"}']
+    if self._config.log.report:
+      lines.append(f'report  {report.write_report(self._folder.path)}')
+    print(progress.final_table(self._folder.path))
+    print('\n'.join(lines))
+
+  def _stage(self, plan, params, latest, interrupt):
+    """Trains one stage; returns (params, completed)."""
+    stage, config = plan.stage, self._config
+    online_stage = plan.row.door == 'prompts'
+    per_rollout = config.training.mini_batches * config.training.epochs if online_stage else 1
+    bound = binding.bind(plan.row, plan.hyperparameters, updates_per_rollout=per_rollout)
+    shapes = hub.param_shapes(self._policy.config)
+    optimizer, schedule = optimizers.make_optimizer(plan.optimizer, stage.steps, shapes)
+    shardings = training_state.shardings(self._mesh, shapes, optimizer)
+    restored = None
+    if latest is not None:
+      targets = jax.tree.map(
+          lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
+          jax.eval_shape(lambda p: training_state.init(p, optimizer), shapes), shardings)
+      restored = self._checkpointer.restore(targets)
+    if restored is not None:
+      state = restored.arrays
+      self._counters = restored.metadata['counters']
+    else:
+      if params is None:
+        params = self._policy.load(functools.partial(sharding.tree_sharding, self._mesh))
+      state = jax.jit(lambda p: training_state.init(p, optimizer), out_shardings=shardings,
+                      donate_argnums=0)(params)
+      if stage.index == 0 and self._evaluate is not None:
+        self._record(0, {**self._evaluate(state.params), 'stage': 'start'}, None)
+    temperature = config.rollout.temperature if online_stage else 1.0
+    forward = assembly.make_forward(self._policy.config, temperature, config.model_settings.remat)
+    reference = self._reference(bound, stage, state, shardings, restored) if online_stage else None
+    source = self._source(plan, bound, forward, shardings, reference)
+    if restored is not None and restored.experience is not None:
+      source.restore(restored.experience, restored.metadata['pending_metrics'])
+    train_step = training_step.make_train_step(
+        forward, bound.loss, optimizer, schedule=schedule, mesh=self._mesh,
+        micro_batches=config.training.micro_batches if plan is self._plans[-1] else 1,
+        state_sharding=shardings)
+
+    def save(step, state, pending, pending_metrics, counters):
+      self._checkpointer.save(step, state, {
+          'stage': stage.index, 'counters': counters, 'pending_metrics': pending_metrics,
+      }, experience=pending)
+
+    state, completed = loop.run(
+        stage, state, source, train_step, record=self._record, save=save,
+        evaluate=self._evaluate, eval_every=config.eval.every_steps,
+        checkpoint_every=config.checkpoint.every_steps,
+        max_bad_steps=config.training.max_bad_steps, interrupt=interrupt,
+        counters=self._counters)
+    return state.params, completed
+
+  def _source(self, plan, bound, forward, shardings, reference):
+    config = self._config
+    if plan.row.door == 'demonstrations':
+      return offline.DemonstrationSource(self._data.demonstrations[plan.stage.index],
+                                         mesh=self._mesh)
+    log_probs = training_step.make_log_prob_step(
+        forward, mesh=self._mesh, params_sharding=shardings.params)
+    host_log_probs = lambda params, batch: sharding.fetch(
+        log_probs(params, training_step.place(batch, self._mesh)))
+    collector = experience.Collector(
+        door=self._data.prompts, tokenizer=self._policy.tokenizer,
+        sample=sampler.make_sampler(
+            self._policy.config, assembly.sampling_options(config, self._policy), mesh=self._mesh,
+            decode_text=self._policy.tokenizer.decode),
+        reward_set=self._data.rewards, estimator=bound.estimator, rollout=config.rollout,
+        seed=config.seed, mask_truncated=config.training.mask_truncated,
+        old_log_probs=host_log_probs if bound.needs_old_log_probs else None,
+        reference_log_probs=None if reference is None else functools.partial(
+            host_log_probs, reference),
+        num_samples=config.log.samples)
+    return online.RolloutSource(collector, config.training, seed=config.seed, mesh=self._mesh)
+
+  def _reference(self, bound, stage, state, shardings, restored):
+    """The frozen reference: the policy as this stage found it, kept on disk for a resume."""
+    if not bound.needs_reference:
+      return None
+    with checkpoint.Checkpointer(self._folder.path / 'reference' / str(stage.index),
+                                 keep=1, asynchronous=False) as kept:
+      if restored is not None:
+        targets = jax.tree.map(
+            lambda x, d: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=d),
+            state.params, shardings.params)
+        return kept.restore(targets).arrays
+      reference = jax.tree.map(jnp.copy, state.params)
+      kept.save(0, reference, {})
+    return reference
+
+  def _record(self, step, metrics, samples):
+    metrics['perf/compilations'] = self._compilations.count
+    if jax.process_index() == 0:
+      self._writer.write(step, metrics)
+      if samples and (step - 1) % self._config.log.samples_every < 1:
+        self._writer.write_samples(step, samples)
+    self._progress.update(step, metrics)
+
+  def _make_evaluate(self):
+    """Returns `evaluate(params) -> metrics`, or None where there is nothing to evaluate on."""
+    if self._data.evaluation is None:
+      return None
+    settings_ = self._config.eval
+    generate = assembly.make_generate(self._config, self._policy, self._mesh)
+    def evaluate(params):
+      return evaluation.evaluate(
+          self._data.evaluation, functools.partial(generate, params),
+          samples=settings_.samples, ks=settings_.k)
+    return evaluate

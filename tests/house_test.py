@@ -1,0 +1,86 @@
+"""The house plan, held: imports run downhill and each outside package has its home."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1] / 'ptjax'
+
+# Room -> its floor; a module outside a room counts by its own name.
+FLOORS = {
+    'types': 1, 'config': 1, 'keys': 1, 'sharding': 1, 'pieces': 1,
+    'losses': 2, 'models': 2, 'data': 2, 'rewards': 2,
+    'algorithms': 3, 'rollout': 3,
+    'training': 4, 'evaluation': 4,
+    'assembly': 5, 'job': 5, 'planner': 5, 'launch': 5,
+}
+HOMES = {  # outside package -> where it may be imported
+    'absl.flags': ('launch',),
+    'datasets': ('data/sources',),
+    'orbax': ('training/checkpoint',),
+    'tensorboardX': ('training/metrics',),
+    'math_verify': ('rewards/',),
+    'matplotlib': ('training/report',),
+    'torch': (),
+}
+
+
+def imports(path):
+  """Yields the dotted names a file imports, anywhere in it."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        yield alias.name
+    elif isinstance(node, ast.ImportFrom):
+      for alias in node.names:
+        yield f'{node.module}.{alias.name}'
+
+
+def modules():
+  return [(path.relative_to(ROOT).with_suffix('').as_posix(), path)
+          for path in sorted(ROOT.rglob('*.py')) if path.name != '__init__.py']
+
+
+def test_imports_run_downhill():
+  wrong = []
+  for name, path in modules():
+    room = name.split('/')[0]
+    assert room in FLOORS, f'{name} is in no room; add it to the house plan'
+    for target in imports(path):
+      parts = target.split('.')
+      if parts[0] != 'ptjax' or len(parts) < 2:
+        continue
+      other = parts[1]
+      if other not in FLOORS or other == room or other == '__version__':
+        continue
+      same_floor_free = FLOORS[room] in (1, 5)
+      if FLOORS[other] > FLOORS[room] or (FLOORS[other] == FLOORS[room] and not same_floor_free):
+        wrong.append(f'{name} imports {target}')
+  assert not wrong, wrong
+
+
+def test_outside_packages_have_one_home():
+  wrong = []
+  for name, path in modules():
+    for target in imports(path):
+      for package, homes in HOMES.items():
+        if (target == package or target.startswith(package + '.')) and not any(
+            name.startswith(home) for home in homes):
+          wrong.append(f'{name} imports {target}')
+  assert not wrong, wrong
+
+
+def test_files_can_be_held_in_the_head():
+  long = {name: count for name, path in modules()
+          if (count := len(path.read_text().splitlines())) > 440}
+  assert not long, long
+
+
+def test_losses_load_with_jax_and_chex_alone():
+  code = ('import sys; from ptjax import algorithms, losses, pieces; '
+          'heavy = {"flax", "optax", "orbax", "transformers", "datasets", "torch"}; '
+          'print(sorted(heavy & set(sys.modules)))')
+  found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+                         cwd=ROOT.parent)
+  assert found.stdout.strip() == '[]', found.stdout

@@ -47,11 +47,15 @@ class Embedding(nn.Module):
   """Rows of a table. Indices out of range read the nearest row, so that padding may hold any."""
   config: config_lib.TransformerConfig
   size: int
+  split: str | None = None  # logical axis of the rows
 
   @nn.compact
   def __call__(self, indices):  # [N] int32 -> [N, width]
     table = self.param('embedding', nn.initializers.normal(INIT_SCALE),
                        (self.size, self.config.width), jnp.dtype(self.config.param_dtype))
+    # Rows are wanted whole: left split over `fsdp`, as the batch is too, they would make XLA
+    # replicate the activations instead of gathering the table.
+    table = nn.with_logical_constraint(table, (self.split, None))
     return jnp.take(table, indices, axis=0, mode='clip').astype(self.config.dtype)
 
 

@@ -170,7 +170,7 @@ def project(config, kernel, hidden):
 
 
 def _embedding(config):
-  return layers.Embedding(config, config.vocab_size)
+  return layers.Embedding(config, config.vocab_size, 'vocab')
 
 
 def _position_embedding(config):
@@ -186,6 +186,8 @@ def _choose(rope_tables, window):
   everywhere, local = rope_tables
   if local is None:
     return everywhere
+  if isinstance(window, int):
+    return local if window else everywhere
   return tuple(jnp.where(window > 0, l, e) for l, e in zip(local, everywhere))
 
 

@@ -49,7 +49,8 @@ def make_regex(pattern, full=True):
   try:
     compiled = re.compile(pattern, re.DOTALL)
   except (re.error, TypeError) as error:
-    raise config.UserError(f'regex(pattern={pattern!r}): not a regular expression: {error}') from None
+    raise config.UserError(
+        f'regex(pattern={pattern!r}): not a regular expression: {error}') from None
   matches = compiled.fullmatch if full else compiled.search
 
   def regex(prompts, completions, **columns):

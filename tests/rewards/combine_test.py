@@ -131,7 +131,8 @@ def test_functions_take_what_they_name():
 
 
 @pytest.mark.parametrize('result', [
-    [1, 2.5, True, None], (1, 2.5, np.True_, None), [np.float32(1), np.float64(2.5), np.int8(1), None],
+    [1, 2.5, True, None], (1, 2.5, np.True_, None),
+    [np.float32(1), np.float64(2.5), np.int8(1), None],
     [jnp.float32(1), np.array(2.5), True, None], np.array([1, 2.5, 1, None], dtype=object)])
 def test_numbers_of_every_kind(result):
   table = _score(lambda p, c: result)
@@ -247,7 +248,7 @@ def test_zero_costs_only_the_completion_that_failed(function, caplog):
     (float('nan'), 'returned nan; expected a finite number'),
     (math.inf, 'returned inf'), (-math.inf, 'returned -inf'), (10**400, 'returned inf'),
     (np.float32('nan'), 'returned nan'),
-    ('1.0', "returned '1.0' of type str"), ([1.0], r"returned '\[1.0\]' of type list"),
+    ('1.0', "returned '1.0' of type str"), ([1.0], r'returned \[1.0\] of type list'),
     (np.ones(1), 'of type ndarray'), (1j, 'of type complex'), ({}, 'of type dict')])
 def test_values_that_are_no_reward(value, problem):
   def bad(prompts, completions, **columns):

@@ -25,7 +25,8 @@ def test_think_and_answer(text, expected):
 
 
 def test_tags_are_configurable():
-  assert format_checks.make_tags('sonnet')(None, ['<sonnet>a</sonnet>', '<think>a</think>']) == [1, 0]
+  sonnets = ['<sonnet>a</sonnet>', '<think>a</think>']
+  assert format_checks.make_tags('sonnet')(None, sonnets) == [1, 0]
   assert format_checks.make_tags(['a', 'b', 'c'])(None, ['<a>1</a><b>2</b><c>3</c>']) == [1]
 
 

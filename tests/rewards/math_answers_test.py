@@ -120,7 +120,8 @@ def test_flexible_extraction_of_what_is_no_number(text, expected):
 
 @pytest.mark.parametrize('answer, expected', [
     ('work\n#### 1,234', '1,234'), (72, '72'), (72.5, '72.5'), ('\\boxed{204}', '204'),
-    ('\\frac{1}{2}', '\\frac{1}{2}'), (None, None), (float('nan'), None), ('', None), ('####', None)])
+    ('\\frac{1}{2}', '\\frac{1}{2}'), (None, None), (float('nan'), None), ('', None),
+    ('####', None)])
 def test_gold_answers(answer, expected):
   assert math_answers.gold_answer(answer) == expected
 

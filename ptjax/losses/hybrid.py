@@ -66,7 +66,7 @@ def gate(rewards, *, demonstration, group_size, threshold=0.0, off_policy_thresh
       'off_policy': demonstration & (rate > threshold) & (rate <= high)}
 
 
-def _imitation(log_probs, rows, loss_mask, weights=1.0):
+def _imitation(log_probs, rows, loss_mask, weights):
   """Mean over the tokens of `rows` [B] of -weights · log π; ratio 1."""
   return likelihood.weighted_loss(
       log_probs, loss_mask & rows[:, None], advantages=weights, reduce=reduction.token_mean)
@@ -139,11 +139,10 @@ def hpt_loss(log_probs, *, old_log_probs, advantages, demonstration, from_rollou
   """
   masking.non_negative(sft_coefficient=sft_coefficient)
   reduce = _per_rollout(~demonstration, max_completion_tokens)
-  imitation, _ = _imitation(log_probs, imitated, loss_mask)
   parts = [
       ('rollouts', _from_rollouts(
           log_probs, old_log_probs, advantages, from_rollouts, loss_mask, reduce)),
-      ('imitation', (sft_coefficient * imitation, {}))]
+      ('imitation', _imitation(log_probs, imitated, loss_mask, sft_coefficient))]
   trained = from_rollouts | imitated
   if off_policy is not None:
     parts.append(('off_policy', _shaped(

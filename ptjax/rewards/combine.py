@@ -66,16 +66,6 @@ class RewardTable:
   report: dict  # '<name>/<what happened>' -> how often; only what did happen
   seconds: dict  # name -> seconds until its values were there
 
-  def metrics(self):
-    """Returns `rewards/<name>/{mean,std}` over the opinions, and the report's counts."""
-    metrics = {}
-    for name, column in zip(self.names, self.values.T):
-      column = column[~np.isnan(column)]
-      if column.size:
-        metrics[f'rewards/{name}/mean'] = float(column.mean())
-        metrics[f'rewards/{name}/std'] = float(column.std())
-    return metrics | {f'rewards/{key}': count for key, count in self.report.items()}
-
 
 def load(specs, on_error='raise', *, timeout_seconds=5.0, workers=2,
          function_timeout_seconds=None):

@@ -45,8 +45,6 @@ def test_weights_options_and_user_files(tmp_path):
   np.testing.assert_allclose(table.total, [1.25, 1.5, 2.25, 2])
   assert table.scored.all() and table.report == {}
   assert set(table.seconds) == set(rewards.names)
-  metrics = table.metrics()
-  assert metrics['rewards/length/mean'] == 0.5 and metrics['rewards/odd/std'] == 0
 
 
 @pytest.mark.parametrize('spec, message', [
@@ -153,12 +151,6 @@ def test_no_opinion_is_left_out_of_the_sum():
   np.testing.assert_array_equal(table.total, [12, 20, 6, np.nan])
   assert table.scored.tolist() == [True, True, True, False]
   assert table.report == {'first/none': 2, 'second/none': 2}
-  assert table.metrics()['rewards/first/mean'] == 2
-  assert table.metrics()['rewards/second/none'] == 2
-
-
-def test_all_none_has_no_mean():
-  assert _score(lambda p, c: [None] * 4).metrics() == {'rewards/<lambda>/none': 4}
 
 
 # --- async -----------------------------------------------------------------------------------
@@ -240,7 +232,6 @@ def test_zero_costs_only_the_completion_that_failed(function, caplog):
   table = _score(function, 'zero')
   np.testing.assert_array_equal(table.total, [1, 2, 0, 4])
   assert table.scored.all() and table.report == {f'{function.__name__}/errors': 1}
-  assert table.metrics()[f'rewards/{function.__name__}/errors'] == 1
   assert 'failed on 1 of 4 completions' in caplog.text
 
 

@@ -78,11 +78,11 @@ def test_workers_persist_and_import_little(make_pool):
 
 @pytest.mark.parametrize('kind', ['sleep', 'ignore signals'])
 def test_a_hanging_item_costs_its_deadline_and_its_worker(make_pool, kind):
-  pool = make_pool(num_workers=1, timeout_seconds=0.3)
+  pool = make_pool(num_workers=1, timeout_seconds=0.8)
   before, = pool.map([('pid', 0)])
   outcomes = pool.map([('return', 1), (kind, 100), ('return', 2), ('pid', 0)])
   assert [outcome.status for outcome in outcomes] == ['ok', 'timeout', 'ok', 'ok']
-  assert outcomes[1].value is None and '0.3 s' in outcomes[1].detail
+  assert outcomes[1].value is None and '0.8 s' in outcomes[1].detail
   assert outcomes[2].value == 2
   assert outcomes[3].value != before.value
   assert not _alive(before.value)

@@ -1,0 +1,224 @@
+"""Models in Hugging Face's format: load from a directory or hub name, export to a directory.
+
+Only safetensors are read, never a pickle, and code that comes with a model is never run.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+
+import huggingface_hub
+import jax
+from jax.experimental import multihost_utils
+
+from ptjax import config as settings
+from ptjax.models import hf_config
+from ptjax.models import hf_weights
+from ptjax.models import transformer
+
+MAX_FILE_BYTES = 5 * 10**9
+
+_TOKENIZER_FILES = (
+    'tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt', 'tokenizer_config.json')
+_SMALL_FILES = ('*.json', '*.jinja', '*.txt', 'tokenizer.model')
+
+
+def load(path_or_name, *, dtype=None, param_dtype=None, shardings=None):
+  """Loads a model.
+
+  Args:
+    path_or_name: a directory, or a name on the Hugging Face hub.
+    dtype: str; the compute dtype, default the checkpoint's.
+    param_dtype: str; what the parameters are cast to, default the checkpoint's.
+    shardings: where each parameter goes: a tree of `jax.sharding.Sharding` like the parameters, or
+      a function from their tree of shapes to it. None: the default device.
+  Returns:
+    (TransformerConfig, params, tokenizer).
+  Raises:
+    UserError: what is wrong with the directory or the name, and the remedy.
+  """
+  directory = resolve(path_or_name)
+  config = load_config(directory, dtype=dtype, param_dtype=param_dtype)
+  tokenizer = load_tokenizer(directory)
+  return config, load_params(directory, config, shardings=shardings), tokenizer
+
+
+def load_config(path_or_name, *, dtype=None, param_dtype=None):
+  """Reads a model's `TransformerConfig`; its dtypes are the checkpoint's where not given."""
+  path = os.path.join(resolve(path_or_name, weights=False), 'config.json')
+  raw = _read_json(path)
+  try:
+    config = hf_config.from_hf(raw)
+    given = {'dtype': dtype, 'param_dtype': param_dtype}
+    return dataclasses.replace(config, **{k: str(v) for k, v in given.items() if v is not None})
+  except settings.UserError as error:
+    raise settings.UserError(f'{path}: {error}') from None
+
+
+def load_params(path_or_name, config, *, shardings=None):
+  """Loads the parameters of `config` (see `load`); they are cast to `config.param_dtype`."""
+  directory = resolve(path_or_name)
+  shapes = param_shapes(config)
+  sources = hf_weights.layout(config, shapes)
+  targets = shardings(shapes) if callable(shardings) else shardings
+  paths = hf_weights.paths(shapes)
+  targets = dict.fromkeys(paths) if targets is None else hf_weights.paths(targets)
+  with hf_weights.Checkpoint(directory) as checkpoint:
+    hf_weights.check(checkpoint, config, shapes, directory)
+    leaves = [
+        hf_weights.load_leaf(checkpoint, sources[path], leaf, targets[path])
+        for path, leaf in paths.items()]
+  return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def param_shapes(config):
+  """The parameter tree of `config` as `jax.ShapeDtypeStruct`s."""
+  return jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
+
+
+def load_tokenizer(path_or_name):
+  """Loads the tokenizer (a `transformers` tokenizer) of a model."""
+  directory = resolve(path_or_name, weights=False)
+  if not any(os.path.exists(os.path.join(directory, f)) for f in _TOKENIZER_FILES):
+    raise settings.UserError(
+        f'{directory} has no tokenizer: expected {" or ".join(_TOKENIZER_FILES[:3])}; copy the '
+        'tokenizer files of the base model there')
+  import transformers  # takes over a second, which planning a preset need not wait for
+  try:
+    return transformers.AutoTokenizer.from_pretrained(directory)
+  except Exception as error:  # transformers raises many kinds; all mean unusable files
+    raise settings.UserError(
+        f'the tokenizer in {directory} cannot be loaded: {_first_line(error)}') from error
+
+
+def load_stop_ids(path_or_name, tokenizer):
+  """The token ids that end a completion: the tokenizer's, config.json's, generation_config.json's.
+
+  Returns:
+    Sorted tuple of ints. Published models often name a second one only in the generation config.
+  """
+  directory = resolve(path_or_name, weights=False)
+  ids = {tokenizer.eos_token_id}
+  for filename in ('config.json', 'generation_config.json'):
+    path = os.path.join(directory, filename)
+    if os.path.exists(path):
+      found = _read_json(path).get('eos_token_id')
+      ids.update(found if isinstance(found, list) else [found])
+  return tuple(sorted(ids - {None}))
+
+
+def resolve(path_or_name, *, weights=True):
+  """Returns the local directory of a model, fetching it from the hub where it is a hub name.
+
+  Args:
+    path_or_name: a directory, or a hub name such as `Qwen/Qwen2.5-0.5B`.
+    weights: whether the weights are needed too.
+  Raises:
+    UserError: neither a directory with a config.json nor a name that the hub gives.
+  """
+  path = os.path.expanduser(os.fspath(path_or_name))
+  if not os.path.exists(path):
+    path = _fetch(os.fspath(path_or_name), weights)
+  if not os.path.isdir(path):
+    raise settings.UserError(
+        f'{path} is a file; a model is a directory with config.json and safetensors weights')
+  if not os.path.exists(os.path.join(path, 'config.json')):
+    raise settings.UserError(
+        f'{path} is not a model directory: it has no config.json'
+        + ('' if os.listdir(path) else ' (it is empty)'))
+  return path
+
+
+def _fetch(name, weights):
+  if os.path.isabs(name) or name.startswith(('.', '~')) or name.count('/') > 1:
+    raise settings.UserError(f'model directory {name} does not exist')
+  try:
+    return huggingface_hub.snapshot_download(
+        name, allow_patterns=[*_SMALL_FILES, *(['*.safetensors'] if weights else [])],
+        # Folders hold other formats, and consolidated files repeat all weights.
+        ignore_patterns=['*/*', 'consolidated*'])
+  except Exception as error:  # offline, no such repository, gated, malformed name, full disk
+    raise settings.UserError(
+        f'there is no directory {name}, and fetching it from the Hugging Face hub failed '
+        f'({type(error).__name__}: {_first_line(error)}); give a local model directory, or check '
+        'the name, the network, HF_HUB_OFFLINE and, for gated models, the login') from error
+
+
+def export(out_dir, config, params, tokenizer, *, stop_ids=None, max_file_bytes=MAX_FILE_BYTES):
+  """Writes a model directory that opens in `transformers`.
+
+  It appears whole or not at all: it is written beside and then renamed. With several processes,
+  each calls it and process 0 writes.
+
+  Args:
+    out_dir: the directory; an earlier model in it is replaced.
+    config: TransformerConfig.
+    params: the parameter tree, leaves on the host or on devices, sharded or not.
+    tokenizer: a `transformers` tokenizer, or None to write none.
+    stop_ids: token ids that end a completion, for generation_config.json; default the
+      tokenizer's end token.
+    max_file_bytes: above this the weights are split over several files with an index.
+  Raises:
+    UserError: `out_dir` holds something that is not a model, or its family cannot express
+      `config`.
+  """
+  out_dir = os.path.abspath(os.fspath(out_dir))
+  if os.path.exists(out_dir) and not os.path.exists(os.path.join(out_dir, 'config.json')) and (
+      not os.path.isdir(out_dir) or os.listdir(out_dir)):
+    raise settings.UserError(
+        f'{out_dir} exists and is not a model directory; it would be lost, so choose another one')
+  ids = {'bos_id': None, 'eos_id': None, 'pad_id': None}
+  if tokenizer is not None:
+    ids = {'bos_id': tokenizer.bos_token_id, 'eos_id': tokenizer.eos_token_id,
+           'pad_id': tokenizer.pad_token_id}
+  raw = hf_config.to_hf(config, dtype=str(params['embed']['embedding'].dtype), **ids)
+  stop_ids = list(stop_ids) if stop_ids else ids['eos_id']
+  generation = {'bos_token_id': ids['bos_id'], 'eos_token_id': stop_ids,
+                'pad_token_id': ids['pad_id']}
+  generation = {key: value for key, value in generation.items() if value is not None}
+
+  temporary, previous = (f'{out_dir}.{what}-{os.getpid()}' for what in ('partial', 'previous'))
+  writer = jax.process_index() == 0
+  try:
+    if writer:
+      os.makedirs(temporary)
+      _write_json(os.path.join(temporary, 'config.json'), raw)
+      _write_json(os.path.join(temporary, 'generation_config.json'), generation)
+      if tokenizer is not None:
+        tokenizer.save_pretrained(temporary)
+    hf_weights.write(temporary, config, params, max_file_bytes)
+    if writer:
+      for filename in hf_weights.weight_files(temporary):  # safetensors makes them private
+        shutil.copymode(os.path.join(temporary, 'config.json'), os.path.join(temporary, filename))
+      if os.path.exists(out_dir):
+        os.rename(out_dir, previous)
+      os.rename(temporary, out_dir)
+      shutil.rmtree(previous, ignore_errors=True)
+  finally:
+    if writer:
+      shutil.rmtree(temporary, ignore_errors=True)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('export')  # nobody reads before it is there
+
+
+def _read_json(path):
+  try:
+    with open(path, encoding='utf-8') as file:
+      raw = json.load(file)
+  except ValueError as error:
+    raise settings.UserError(f'{path} is not JSON: {error}') from None
+  if not isinstance(raw, dict):
+    raise settings.UserError(f'{path} must hold a JSON object, not {type(raw).__name__}')
+  return raw
+
+
+def _write_json(path, value):
+  with open(path, 'w', encoding='utf-8') as file:
+    json.dump(value, file, indent=2)
+    file.write('\n')
+
+
+def _first_line(error):
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]

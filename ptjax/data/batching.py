@@ -155,8 +155,9 @@ def admit(parts, *, overlong, name, row_ids, missing):
       dropped[next(iter(dropped))] += 1
     elif reasons and overlong == 'error':
       lengths = ', '.join(f'{p.what} {len(p.tokens[place])} tokens' for p in parts)
-      raise config.UserError(f'{name}, row {row_id + 1}: {reasons[0]} ({lengths}); raise the limit, '
-                             'or set data.overlong to drop or truncate')
+      raise config.UserError(
+          f'{name}, row {row_id + 1}: {reasons[0]} ({lengths}); raise the limit, or set '
+          'data.overlong to drop or truncate')
     elif reasons and overlong == 'drop':
       dropped[reasons[0]] += 1
     else:

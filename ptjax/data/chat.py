@@ -58,7 +58,8 @@ def render(tokenizer, conversation, *, where, prompt=False):
         continue_final_message=continues)
   except Exception as error:  # a template is a program of the model's author: anything may come
     reason = ' '.join(str(error).split())
-    raise config.UserError(f'{where}: the chat template refuses these messages: {reason}') from error
+    raise config.UserError(
+        f'{where}: the chat template refuses these messages: {reason}') from error
 
 
 def prompts(tokenizer, values, *, where):
@@ -132,7 +133,9 @@ def pairs(tokenizer, questions, answers, *, end_ids, where):
 
 
 def _whole_conversation(tokenizer, question, answer, prompt_text, where):
-  reply = [{'role': 'assistant', 'content': answer}] if isinstance(answer, str) else messages(answer)
+  if isinstance(answer, str):
+    answer = [{'role': 'assistant', 'content': answer}]
+  reply = messages(answer)
   if reply is None:
     raise config.UserError(
         f'{where}: a completion is text or a list of messages, not {_describe(answer)}')

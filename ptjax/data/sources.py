@@ -252,8 +252,8 @@ def _load_hub(name):
     raise config.UserError(f'{name}: no such data set on the Hugging Face hub, or it needs '
                            f'`hf auth login`{also}') from error
   except ConnectionError as error:
-    raise config.UserError(
-        f'{name}: offline, and no copy was downloaded earlier ({_one_line(error)}){also}') from error
+    raise config.UserError(f'{name}: offline, and no copy was downloaded earlier '
+                           f'({_one_line(error)}){also}') from error
   except Exception as error:  # an unknown config or split, a broken data set: its own words
     raise config.UserError(f'{name}: the hub data set cannot be loaded: {_one_line(error)}; name '
                            'config and split as in owner/name:config@split') from error

@@ -150,7 +150,8 @@ def test_messages_need_a_template(gpt2):
 
 def test_a_prompt_of_the_wrong_kind(qwen):
   assert _error(chat.prompts, qwen, ['a', 7], where=_where) == (
-      "file, row 2: a prompt is text or a list of messages {'role': ..., 'content': ...}, not int 7")
+      "file, row 2: a prompt is text or a list of messages {'role': ..., 'content': ...}, "
+      'not int 7')
   assert 'not list [{\'text\': \'a\'}]' in _error(
       chat.prompts, qwen, [[{'text': 'a'}]], where=_where)
 

@@ -23,9 +23,14 @@ def clean(loss_mask, **arrays):
     if array.shape != loss_mask.shape:
       raise ValueError(
           f'{name} has shape {array.shape}: expected that of loss_mask, {loss_mask.shape}')
-    array = jnp.asarray(array, jnp.promote_types(array.dtype, jnp.float32))
-    cleaned.append(jnp.where(loss_mask, array, 0.0))
+    cleaned.append(jnp.where(loss_mask, wide(array), 0.0))
   return cleaned[0] if len(cleaned) == 1 else tuple(cleaned)
+
+
+def wide(array):
+  """`array` in float32, or in float64 if it is; no implicit promotion, which tests forbid."""
+  dtype = jnp.float64 if jnp.result_type(array) == jnp.float64 else jnp.float32
+  return jnp.asarray(array, dtype)
 
 
 def lengths(loss_mask, dtype=jnp.float32):

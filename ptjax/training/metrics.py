@@ -17,6 +17,8 @@ import numpy as np
 METRICS = 'metrics.jsonl'
 SAMPLES = 'samples.jsonl'
 
+_INTERVAL_PARTS = ('_se', '_low', '_high')  # what evaluation puts beside a metric
+
 
 class MetricsWriter:
   """Appends records; on processes other than the first it does nothing.
@@ -103,6 +105,32 @@ def read(path):
   Lines that cannot be read, such as a last one cut by a kill, are left out.
   """
   return [record for _, record in _lines(pathlib.Path(path)) if record is not None]
+
+
+def names(records, prefix=''):
+  """Metric names in order of first appearance, without step, stage and the parts of intervals."""
+  found = {name: None for record in records for name in record if name.startswith(prefix)}
+  return [name for name in found if name not in ('step', 'stage') and not any(
+      name.endswith(part) and name.removesuffix(part) in found for part in _INTERVAL_PARTS)]
+
+
+def by_stage(records):
+  """{stage: its records}, in order; a run's stages do not interleave."""
+  stages = {}
+  for record in records:
+    stages.setdefault(str(record.get('stage', 'training')), []).append(record)
+  return stages
+
+
+def last(records, name):
+  """The last record that has a value for `name`, or None."""
+  return next((r for r in reversed(records) if r.get(name) is not None), None)
+
+
+def interval(record, name):
+  """The (low, high) that an evaluation put beside `name`, or None."""
+  low, high = record.get(f'{name}_low'), record.get(f'{name}_high')
+  return None if low is None or high is None else (low, high)
 
 
 def truncate(path, last_step):

@@ -138,10 +138,21 @@ def changed_keys(old, new):
   Returns:
     [(dotted key, old value, new value)], sorted; a missing value is `'(absent)'`.
   """
-  old, new = _flatten(_plain(old)), _flatten(_plain(new))
+  old, new = flatten(_plain(old)), flatten(_plain(new))
   return [(key, old.get(key, '(absent)'), new.get(key, '(absent)'))
           for key in sorted(old.keys() | new.keys())
           if old.get(key, '(absent)') != new.get(key, '(absent)')]
+
+
+def flatten(tree, prefix=''):
+  """Nested dicts -> {dotted key: value}; an empty section vanishes."""
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict) and value:
+      flat.update(flatten(value, f'{prefix}{key}.'))
+    elif not isinstance(value, dict):
+      flat[prefix + key] = value
+  return flat
 
 
 def _make(path):
@@ -259,16 +270,6 @@ def _git_revision():
 def _plain(tree):
   """As JSON gives it back: lists for tuples."""
   return json.loads(json.dumps(tree))
-
-
-def _flatten(tree, prefix=''):
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, dict) and value:
-      flat.update(_flatten(value, f'{prefix}{key}.'))
-    elif not isinstance(value, dict):
-      flat[prefix + key] = value
-  return flat
 
 
 def _spell(count):

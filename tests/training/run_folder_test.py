@@ -111,7 +111,7 @@ def test_an_infinite_setting_survives_the_round_trip(tmp_path):
 
 
 def test_names_on_the_allow_list_exist():
-  known = run_folder._flatten(config.to_dict(CONFIG))
+  known = run_folder.flatten(config.to_dict(CONFIG))
   for name in run_folder.MAY_CHANGE:
     assert any(run_folder._may_change(key) and key.startswith(name) for key in known), name
 

@@ -128,18 +128,21 @@ class Checkpointer:
     Args:
       target: the saved tree's structure with jax.ShapeDtypeStruct leaves that carry a sharding
         (or jax arrays, which then give shape, dtype and sharding). The mesh need not be the one
-        of the run that saved. A leaf without sharding goes to the default device.
+        of the run that saved. A leaf without sharding goes to the default device. Or a function
+        from a checkpoint's metadata to such a tree, for runs whose state changes its structure
+        on the way: going back a checkpoint may mean going back a stage.
     Returns:
       Restored, or None if the folder holds no checkpoint.
     Raises:
       UserError: the checkpoint holds other leaves, shapes or dtypes than the target; or there are
         checkpoints, but none can be read.
     """
-    target = jax.tree.map(_as_target, target)
     while (found := self._newest()) is not None:
       step, record = found
-      _check_fits(self._directory / str(step), record['leaves'], _describe(target))
-      items = {'arrays': ocp.args.StandardRestore(target)}
+      wanted = target(record['metadata']) if callable(target) else target
+      wanted = jax.tree.map(_as_target, wanted)
+      _check_fits(self._directory / str(step), record['leaves'], _describe(wanted))
+      items = {'arrays': ocp.args.StandardRestore(wanted)}
       if record['has_experience']:
         items['experience'] = ocp.args.StandardRestore()
       try:

@@ -15,7 +15,6 @@ import sys
 from absl import logging
 import jax
 
-import ptjax
 from ptjax import config as settings
 
 # What may differ when a run is continued: none of it changes what a training step computes. A
@@ -254,7 +253,7 @@ def _versions():
 
 def _git_revision():
   """The commit of the source tree that ptjax is imported from, or None if it is not from one."""
-  package = pathlib.Path(ptjax.__file__).parent
+  package = pathlib.Path(__file__).resolve().parents[1]
 
   def git(*arguments):
     return subprocess.run(['git', '-C', str(package), *arguments], capture_output=True, text=True,

@@ -1,0 +1,275 @@
+"""Prompts in, completions out: compiled programs and the host loop between them."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+
+from ptjax import config as settings
+from ptjax import sharding
+from ptjax.models import cache
+from ptjax.rollout import decoding
+from ptjax.rollout import stop
+
+_FIRST_WINDOW = 64  # tokens; windows double from here
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+  """How completions are drawn; part of the compiled programs."""
+  max_tokens: int  # per completion, the stop token included
+  group_size: int = 1  # completions per prompt
+  temperature: float = 1.0  # 0 takes the likeliest token
+  top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+  top_p: float = 1.0  # keep the likeliest tokens up to this mass; 1 keeps all
+  min_p: float = 0.0  # keep tokens this fraction as likely as the likeliest; 0 keeps all
+  stop_ids: tuple = ()  # any of these tokens ends a completion and stays in it
+  stop_strings: tuple = ()  # a completion ends with the token that completes one of these
+  chunk: int = 16  # steps between two looks of the host; results do not depend on it
+
+  def __post_init__(self):
+    def check(name, good, expected):
+      if not good:
+        raise settings.UserError(f'sampling: {name}={getattr(self, name)!r}: expected {expected}')
+    for name in ('stop_ids', 'stop_strings'):
+      check(name, not isinstance(getattr(self, name), (str, int)), 'a sequence, e.g. (x,)')
+      object.__setattr__(self, name, tuple(getattr(self, name)))
+    for name in ('max_tokens', 'group_size', 'chunk'):
+      check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1,
+            'a positive integer')
+    check('temperature', 0 <= self.temperature < math.inf, 'a number, at least 0')
+    check('top_k', isinstance(self.top_k, int) and self.top_k >= 0,
+          'the number of tokens to keep, 0 for all')
+    check('top_p', 0 < self.top_p <= 1, 'a fraction above 0, 1 for all')
+    check('min_p', 0 <= self.min_p <= 1, 'a fraction, 0 for all')
+    check('stop_ids', all(isinstance(i, (int, np.integer)) for i in self.stop_ids), 'token ids')
+    check('stop_strings', all(isinstance(s, str) and s for s in self.stop_strings),
+          'strings that are not empty')
+
+
+def make_sampler(config, options, *, mesh=None, decode_text=None, gather_weights=True):
+  """Returns a `Sampler`, a callable `(params, prompts, key) -> types.Rollouts`.
+
+  Args:
+    config: TransformerConfig.
+    options: SamplingOptions.
+    mesh: where to run; parameters must lie on it. Prompts are split over data and fsdp, key/value
+      heads over tensor where they divide. None: wherever the parameters lie.
+    decode_text: `(list of token ids) -> str`; needed for stop strings.
+    gather_weights: whether decoding works on weights that are whole along fsdp, gathered once
+      per rollout, which needs the memory. Otherwise every step gathers them anew.
+  Raises:
+    UserError: options that do not fit the model, or stop strings without `decode_text`.
+  """
+  if options.stop_strings and decode_text is None:
+    raise settings.UserError('sampling: stop_strings need a tokenizer to decode with')
+  strange = [i for i in options.stop_ids if not 0 <= i < config.vocab_size]
+  if strange:
+    raise settings.UserError(f'sampling: stop_ids {strange} are no ids of a vocabulary of '
+                             f'{config.vocab_size}')
+  return Sampler(config, options, mesh, decode_text, gather_weights)
+
+
+def window_sizes(tokens):
+  """Capacities a completion's own cache grows through: 64, 128, ... and what holds `tokens`.
+
+  Attention costs as much as the window is wide, and every window is a compiled program.
+  """
+  last = max(8, -(-tokens // 8) * 8)
+  sizes = []
+  size = _FIRST_WINDOW
+  while size * 4 / 3 <= last:  # a window hardly smaller than the last is not worth a program
+    sizes.append(size)
+    size *= 2
+  return [*sizes, last]
+
+
+class Sampler:
+  """Samples completions; keeps nothing between calls but compiled programs.
+
+  Token t of a completion is drawn with `fold_in(key of (rollout key, prompt id, sample id), t)`,
+  so it is the same in any batch, order, padding, chunk, window or mesh, as far as the logits are
+  (they agree up to rounding, which rarely falls on a boundary).
+
+  Attributes:
+    compilations: XLA programs compiled so far.
+    last_stats: of the last call: `chunks` and `steps` decoded, and `prefill_tokens` and
+      `decode_tokens` that count, without padding.
+  """
+
+  def __init__(self, config, options, mesh, decode_text, gather_weights):
+    self.config = config
+    self.options = options
+    self.mesh = mesh
+    self.last_stats = {}
+    self._decode_text = decode_text
+    self._gather_weights = gather_weights
+    self._programs = {}
+    # Even chunks: 59 steps in chunks of at most 16 are 4 of 15, not 3 of 16 and one of 11.
+    steps = options.max_tokens - 1  # the prefill draws the first token
+    chunks = -(-steps // options.chunk)
+    self._steps = -(-steps // chunks) if steps else 0
+    self._windows = window_sizes(chunks * self._steps)
+
+  @property
+  def compilations(self):
+    return len(self._programs)
+
+  def __call__(self, params, prompts, key):
+    """Samples `group_size` completions for each prompt.
+
+    Args:
+      params: the parameter tree.
+      prompts: types.Prompts, NumPy or device arrays, equal on every process. Another P or S is
+        another set of programs, so pad to few different ones.
+      key: the rollout's PRNG key.
+    Returns:
+      types.Rollouts, rows prompt-major, replicated over the mesh.
+    Raises:
+      UserError: an empty prompt, or one that leaves no room for max_tokens.
+      ValueError: sample_ids that are not [P, group_size].
+    """
+    prompts = sharding.fetch(prompts)
+    self._check(prompts)
+    num_prompts = len(prompts.lengths)
+    place = _placement(self.mesh, self.config, params)
+    impl = jax.random.key_impl(key)
+    # What programs are compiled for.
+    params_shapes = (jax.tree.structure(params), *(
+        (leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(params)))
+    run = functools.partial(self._run, (prompts.tokens.shape, impl, params_shapes))
+
+    def prefill(params, prompts, key_data):
+      store, own, slots = decoding.prefill(
+          self.config, self.options, params, prompts,
+          jax.random.wrap_key_data(key_data, impl=impl), num_prompts=num_prompts,
+          steps=self._steps, capacity=self._windows[0])
+      return store, own, slots, self._status(slots, jnp.zeros_like(slots.length), 1)
+
+    weights = self._run(
+        params_shapes, 'weights', functools.partial(decoding.decode_weights, self.config), params,
+        out=self._weight_shardings(params))
+    # The key crosses as data: a typed key cannot be made global from each process's copy.
+    store, own, slots, status = run(
+        'prefill', prefill, params, sharding.put(self._fill_mesh(prompts), place.whole),
+        sharding.put(np.asarray(jax.random.key_data(key)), place.whole),
+        out=(place.kv, place.kv, place.rows, place.whole))
+    slots, cuts, stats = self._decode(run, place, weights, store, own, slots, status)
+    self.last_stats = {**stats, 'prefill_tokens': int(prompts.lengths.sum())}
+    return run('finish', functools.partial(decoding.finish, self.options, num_prompts=num_prompts),
+               slots, cuts, out=place.whole)
+
+  def _decode(self, run, place, weights, store, own, slots, status):
+    """Decodes chunk by chunk until every slot is done; returns slots, cuts and statistics."""
+    def chunk(weights, store, own, slots, cuts):
+      start = slots.length
+      own, slots = decoding.run_chunk(
+          self.config, self.options, weights, store, own, slots, cuts, steps=self._steps)
+      return own, slots, self._status(slots, start, self._steps)
+
+    max_tokens = self.options.max_tokens
+    cuts = np.full(slots.length.shape, max_tokens + 1, np.int32)
+    placed_cuts = sharding.put(cuts, place.rows)
+    watch = None
+    if self.options.stop_strings:
+      watch = stop.StopStrings(
+          self.options.stop_strings, self._decode_text, len(cuts), max_tokens)
+    window, chunks = self._windows[0], 0
+    while True:
+      # The one wait for the device. The status is replicated, so every process decides alike.
+      status = jax.device_get(status)
+      if watch:
+        watch.feed(status['tokens'], status['length'], status['done'])
+        cuts = watch.cuts
+        placed_cuts = sharding.put(cuts, place.rows)
+      if (status['done'] | (cuts <= max_tokens)).all():
+        break
+      needed = (chunks + 1) * self._steps
+      if needed > window:
+        window = next(size for size in self._windows if size >= needed)
+        own = run(('grow', window), functools.partial(cache.grow, capacity=window), own,
+                  out=place.kv)
+      own, slots, status = run(
+          ('chunk', window), chunk, weights, store, own, slots, placed_cuts,
+          out=(place.kv, place.rows, place.whole), donate=(2, 3))
+      chunks += 1
+    return slots, placed_cuts, {
+        'chunks': chunks, 'steps': chunks * self._steps,
+        'decode_tokens': int(np.minimum(status['length'], cuts).sum())}
+
+  def _run(self, shapes, name, function, *args, out, donate=()):
+    """Calls the program `name` for `shapes`; compiles `function` when it is first needed."""
+    if (name, shapes) not in self._programs:
+      on_mesh = self.mesh is not None
+      with sharding.use(self.mesh) if on_mesh else contextlib.nullcontext():
+        # All inputs are committed, so what is compiled takes their shardings from them.
+        jitted = jax.jit(function, out_shardings=out if on_mesh else None, donate_argnums=donate)
+        self._programs[name, shapes] = jitted.lower(*args).compile()
+    return self._programs[name, shapes](*args)
+
+  def _status(self, slots, start, steps):
+    """What the host looks at between chunks, as few numbers as will do."""
+    status = {'done': slots.done, 'length': slots.length}
+    if self.options.stop_strings:
+      status['tokens'] = decoding.newest(slots, start, steps)
+    return status
+
+  def _check(self, prompts):
+    """Finds what would silently go wrong on the device."""
+    lengths = prompts.lengths
+    expected = (len(lengths), self.options.group_size)
+    if prompts.sample_ids.shape != expected:
+      raise ValueError(f'sample_ids of shape {prompts.sample_ids.shape}; expected one per '
+                       f'completion, [P, group_size] = {expected}')
+    if lengths.min() < 1:
+      raise settings.UserError(f'prompt {prompts.ids[lengths.argmin()]} has no tokens; a model '
+                               'needs at least one, e.g. a BOS token')
+    longest = lengths.max() + self.options.max_tokens
+    if longest > self.config.max_length:
+      raise settings.UserError(
+          f'a prompt of {lengths.max()} tokens (row {prompts.ids[lengths.argmax()]}) and '
+          f'max_tokens={self.options.max_tokens} do not fit into the {self.config.max_length} '
+          'positions of the model; lower one of the two limits')
+
+  def _fill_mesh(self, prompts):
+    """Repeats the first prompt until the prompts divide over the mesh."""
+    parts = 1 if self.mesh is None else sharding.batch_size(self.mesh)
+    missing = -len(prompts.lengths) % parts
+    return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[:1], missing, 0)]), prompts)
+
+  def _weight_shardings(self, params):
+    """As the parameters lie, layers apart, and whole along fsdp if weights are gathered."""
+    if self.mesh is None:
+      return None
+    def one(path, leaf):
+      spec = tuple(leaf.sharding.spec)
+      if path[0].key == 'layers':
+        spec = spec[1:]
+      if self._gather_weights:
+        spec = [None if axis == 'fsdp' else axis for axis in spec]
+      return NamedSharding(self.mesh, PartitionSpec(*spec))
+    specs = jax.tree_util.tree_map_with_path(one, params)
+    return {**specs, 'layers': [specs['layers']] * self.config.num_layers}
+
+
+class _Placement(NamedTuple):
+  """Where things lie."""
+  rows: jax.sharding.Sharding  # leading axis over the batch axes
+  whole: jax.sharding.Sharding  # everywhere
+  kv: jax.sharding.Sharding  # caches
+
+
+def _placement(mesh, config, params):
+  if mesh is None:
+    here = jax.sharding.SingleDeviceSharding(next(iter(jax.tree.leaves(params)[0].devices())))
+    return _Placement(here, here, here)
+  # Of the caches' layout only this is known here: rows first, then key/value heads.
+  heads = 'tensor' if config.num_kv_heads % mesh.shape['tensor'] == 0 else None
+  return _Placement(sharding.batch(mesh), sharding.replicated(mesh),
+                    NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES, heads)))

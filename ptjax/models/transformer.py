@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 
 def init(config, key):
-  """Fresh parameters: normal with deviation 0.02, less for what is added to the residual stream.
+  """Fresh parameters: normal, with less for what is added to the residual stream.
 
   Args:
     config: TransformerConfig.
@@ -74,7 +74,7 @@ def init(config, key):
   if config.position == 'learned':
     params['position_embed'] = _position_embedding(config).init(keys[2], token)['params']
   if not config.tie_embeddings:
-    kernel = nn.initializers.normal(layers.INIT_SCALE)(
+    kernel = nn.initializers.normal(layers.init_scale(config))(
         keys[3], (config.width, config.vocab_size), jnp.dtype(config.param_dtype))
     params['head'] = {'kernel': kernel}
   return params

@@ -32,14 +32,13 @@ CONFIGS = {'qwen': QWEN, 'gemma': GEMMA, 'gpt2': GPT2}
 
 @functools.cache
 def _params(config):
-  """Fresh weights, all moved by noise, so that no bias or norm is neutral."""
-  @jax.jit
-  def make():
-    leaves, tree = jax.tree.flatten(transformer.init(config, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten(
-        [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
-  return make()
+  """Weights in which no bias or norm is neutral."""
+  random = np.random.RandomState(1)
+  def draw(path, leaf):
+    centre = 1.0 - config.norm_offset if path[-1].key == 'scale' else 0.0
+    return jnp.asarray(centre + 0.2 * random.normal(size=leaf.shape), leaf.dtype)
+  return jax.tree_util.tree_map_with_path(
+      draw, jax.eval_shape(lambda: transformer.init(config, jax.random.key(0))))
 
 
 TOKENS = np.random.RandomState(0).randint(0, QWEN.vocab_size, P * S)
@@ -128,7 +127,7 @@ def test_half_precision_is_close(config):
 
 def test_parameters_may_be_stored_in_half_precision():
   config = dataclasses.replace(QWEN, param_dtype='bfloat16')
-  params = jax.jit(lambda: transformer.init(config, jax.random.key(0)))()
+  params = _params(config)
   assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
   wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
   # Computation is in `dtype`: only the stored values are rounded.
@@ -147,10 +146,11 @@ def test_fresh_weights_have_the_planned_spread():
   config = presets.get('tiny', vocab_size=300)
   params = jax.jit(lambda: transformer.init(config, jax.random.key(0)))()
   layers = params['layers']
-  np.testing.assert_allclose(params['embed']['embedding'].std(), 0.02, rtol=0.05)
-  np.testing.assert_allclose(layers['attention']['query']['kernel'].std(), 0.02, rtol=0.05)
+  scale = config.width**-0.5
+  np.testing.assert_allclose(params['embed']['embedding'].std(), scale, rtol=0.05)
+  np.testing.assert_allclose(layers['attention']['query']['kernel'].std(), scale, rtol=0.05)
   np.testing.assert_allclose(
-      layers['mlp']['down']['kernel'].std(), 0.02 / np.sqrt(2 * 4), rtol=0.05)
+      layers['mlp']['down']['kernel'].std(), scale / np.sqrt(2 * 4), rtol=0.05)
   np.testing.assert_array_equal(layers['attention']['query']['bias'], 0)
   np.testing.assert_array_equal(layers['mlp_norm']['scale'], 1)
   kernel = layers['mlp']['up']['kernel']

@@ -1,7 +1,9 @@
 """One table: what `--algo=NAME` means. The taxonomy on a page.
 
 A row says which loss, which data door, which models beside the policy, and which advantage. The
-launcher needs nothing else. Two rows may share a loss and differ in the data they learn from.
+launcher needs nothing else. Two rows may share a loss and differ in the data they learn from; rows
+named `_oxrl` repeat that framework's departures, for its study (arXiv:2603.19335). A name may carry
+modifiers: `grpo+tis+top_entropy`.
 """
 
 import dataclasses
@@ -12,18 +14,30 @@ import pathlib
 from typing import Callable
 
 from ptjax import config
+from ptjax.losses import distillation
+from ptjax.losses import hybrid
 from ptjax.losses import imitation
+from ptjax.losses import modifiers
+from ptjax.losses import online_preference
 from ptjax.losses import policy_gradient
-from ptjax.losses import policy_gradient_sequence
+from ptjax.losses import policy_gradient_sequence as sequence
+from ptjax.losses import preference_anchor as anchor
+from ptjax.losses import preference_gap as gap
+from ptjax.losses import preference_link as link
+from ptjax.losses import preference_score as score
+from ptjax.losses import reward_model
+from ptjax.losses import unpaired
 from ptjax.pieces import advantage
+from ptjax.pieces import returns
 
-DOORS = ('prompts', 'demonstrations', 'preferences', 'unpaired', 'text', 'stepwise')
+DOORS = ('prompts', 'demonstrations', 'preferences', 'unpaired', 'text', 'stepwise',
+         'prompts+demonstrations')
 ROLES = ('reference', 'critic', 'teacher', 'reward_model', 'judge')
 
-# Arguments of losses and advantages that are arrays of the batch, not hyperparameters.
-ARRAYS = frozenset((
-    'log_probs', 'entropy', 'loss_mask', 'advantages', 'rewards', 'old_log_probs',
-    'rollout_log_probs', 'reference_log_probs'))
+# Arguments with a default that are arrays of the batch or state all the same, not hyperparameters.
+OPTIONAL_ARRAYS = frozenset((
+    'entropy', 'loss_mask', 'old_log_probs', 'reference_log_probs', 'off_policy', 'loss_state',
+    'corrupted_log_probs', 'corrupted_reference_log_probs', 'desirable_probabilities'))
 
 # Coefficients that, above 0, need the reference model although the row does without.
 _REFERENCE_COEFFICIENTS = ('kl_coefficient', 'reward_kl_coefficient')
@@ -40,7 +54,8 @@ class Algorithm:
   advantage: Callable | None = None  # `advantage(rewards, *, arrays, hyperparameters) -> array`
   defaults: dict = dataclasses.field(default_factory=dict)  # where they differ from the loss's own
   source: str = ''  # arXiv id and short title
-  tested_against: str = ''
+  tested_against: str = ''  # beside the closed form in NumPy, which every row has
+  data: str = ''  # what is special about its data, or about its frozen models
 
   def __post_init__(self):
     if self.door not in DOORS:
@@ -55,7 +70,7 @@ class Algorithm:
     for function in (self.loss, self.advantage):
       parameters = inspect.signature(function).parameters if function else {}
       found.update({name: p.default for name, p in parameters.items()
-                    if p.default is not inspect.Parameter.empty and name not in ARRAYS})
+                    if p.default is not inspect.Parameter.empty and name not in OPTIONAL_ARRAYS})
     return {**found, **self.defaults}
 
   def models_for(self, hyperparameters):
@@ -66,36 +81,219 @@ class Algorithm:
     return self.models
 
 
-def _online(name, loss, source, tested_against, *, advantage=advantage.group_normalized, **row):
-  return Algorithm(name=name, family='policy gradient', loss=loss, door='prompts',
-                   advantage=advantage, source=source, tested_against=tested_against, **row)
+def _online(name, loss, source, tested_against='', *, advantage=advantage.group_normalized,
+            **row):
+  return Algorithm(name=name, family='policy gradient', loss=loss, door='prompts', source=source,
+                   tested_against=tested_against, advantage=advantage, **row)
 
+
+def _offline(name, loss, source, tested_against='', *, family='imitation', door='demonstrations',
+             **row):
+  return Algorithm(name=name, family=family, loss=loss, door=door, source=source,
+                   tested_against=tested_against, **row)
+
+
+def _pairs(name, loss, source, tested_against='', *, models=('reference',), door='preferences',
+           **row):
+  return Algorithm(name=name, family='preference', loss=loss, door=door, models=models,
+                   source=source, tested_against=tested_against, **row)
+
+
+def _reward(name, loss, source, tested_against='', *, door='preferences', **row):
+  return Algorithm(name=name, family='reward model', loss=loss, door=door, source=source,
+                   tested_against=tested_against, **row)
+
+
+def _hybrid(name, loss, source, **row):
+  return Algorithm(name=name, family='hybrid', loss=loss, door='prompts+demonstrations',
+                   source=source, **row)
+
+
+_HPT = '2509.04419, unified view of post-training'
+_OXRL = '2603.19335, oxRL'
 
 _ROWS = (
-    Algorithm(
-        name='sft', family='imitation', loss=imitation.sft_loss, door='demonstrations',
-        source='arXiv:2203.02155, InstructGPT stage 1', tested_against='TRL DPO sft; closed form'),
-    Algorithm(
-        name='dft', family='imitation', loss=imitation.dft_loss, door='demonstrations',
-        source='arXiv:2508.05629, dynamic fine-tuning', tested_against='TRL dft; closed form'),
-    _online('reinforce', policy_gradient.reinforce_loss,
-            'Williams 1992', 'closed form', advantage=advantage.group_centred),
-    _online('rloo', policy_gradient_sequence.rloo_loss,
-            'arXiv:2402.14740, Back to Basics', 'TRL RLOOTrainer; closed form',
+    # Imitation.
+    _offline('sft', imitation.sft_loss, '2203.02155, InstructGPT stage 1', 'TRL SFT nll'),
+    _offline('cpt', imitation.sft_loss, "2004.10964, Don't stop pretraining", door='text'),
+    _offline('rft', imitation.rft_loss, '2308.01825, rejection sampling', door='prompts'),
+    _offline('dft', imitation.dft_loss, '2508.05629, dynamic fine-tuning', 'TRL SFT dft'),
+    # Distillation.
+    _offline('kd', distillation.kd_loss, '1503.02531, knowledge distillation',
+             family='distillation', models=('teacher',)),
+    _offline('seqkd', imitation.sft_loss, '1606.07947, sequence-level KD', family='distillation',
+             door='prompts', models=('teacher',), data='text generated by the teacher'),
+    _offline('gkd', distillation.gkd_loss, '2306.13649, generalized KD', 'TRL GKD',
+             family='distillation', models=('teacher',), data='half of it sampled by the student'),
+    _offline('opd', distillation.opd_loss, '2306.08543, on-policy distillation',
+             family='distillation', door='prompts', models=('teacher',)),
+    _offline('iw_opd', distillation.iw_opd_loss, '2606.22600, position bias of OPD', 'TRL IW-OPD',
+             family='distillation', door='prompts', models=('teacher',)),
+    _offline('sdft', distillation.sdft_loss, '2601.19897, self-distillation', 'TRL SDFT',
+             family='distillation', door='prompts', models=('teacher',),
+             data='the teacher is the policy shown the answer'),
+    _offline('sdpo', distillation.sdpo_loss, '2601.20802, self-distillation PO', 'TRL SDPO',
+             family='distillation', door='prompts', models=('teacher',),
+             advantage=advantage.group_normalized,
+             data='the teacher is the policy shown feedback'),
+    _offline('ssd', imitation.sft_loss, '2604.01193, simple self-distillation',
+             family='distillation', door='prompts', data="the model's own raw samples"),
+    # Policy gradients, one ratio per token.
+    _online('reinforce', policy_gradient.reinforce_loss, 'Williams 1992',
+            advantage=advantage.group_centred),
+    _online('reinforce_pp', policy_gradient.bnpo_loss, '2501.03262, REINFORCE++',
+            advantage=returns.whitened_to_go),
+    _online('reinforce_pp_baseline', policy_gradient.reinforce_pp_baseline_loss,
+            '2501.03262, REINFORCE++', advantage=advantage.whitened_group_centred),
+    _online('remax', policy_gradient.reinforce_loss, '2310.10505, ReMax',
+            advantage=returns.minus_greedy, data='one extra greedy completion per prompt'),
+    _online('gpg', policy_gradient.reinforce_loss, '2504.02546, group policy gradient',
+            advantage=advantage.informative_group_scaled),
+    _online('opo', policy_gradient.reinforce_loss, '2505.23585, optimal reward baseline',
+            advantage=advantage.optimal_length_baseline),
+    _online('ppo', policy_gradient.ppo_loss, '1707.06347, PPO', advantage=returns.whitened_gae,
+            models=('critic',)),
+    _online('ppo_dual_clip', policy_gradient.ppo_dual_clip_loss, '1912.09729, dual clip',
+            advantage=returns.whitened_gae, models=('critic',)),
+    _online('grpo', policy_gradient.grpo_loss, '2402.03300, DeepSeekMath', 'TRL grpo'),
+    _online('dr_grpo', policy_gradient.dr_grpo_loss, '2503.20783, understanding R1-Zero',
+            'TRL dr_grpo', advantage=advantage.group_centred),
+    _online('bnpo', policy_gradient.bnpo_loss, 'TRL, loss_type=bnpo', 'TRL bnpo'),
+    _online('dapo', policy_gradient.dapo_loss, '2503.14476, DAPO', 'TRL dapo',
+            data='groups of equal rewards resampled; overlong completions penalised'),
+    _online('sgrpo', policy_gradient.sgrpo_loss, _OXRL, 'TRL bnpo', defaults={'epsilon': 1e-8}),
+    _online('sgrpo_oxrl', policy_gradient.sgrpo_loss, _OXRL,
+            advantage=advantage.last_token_normalized),
+    _online('rlhf', policy_gradient.sgrpo_loss, '2203.02155, InstructGPT',
+            models=('reference', 'reward_model'), defaults={'kl_coefficient': 0.04}),
+    _online('rlaif', policy_gradient.sgrpo_loss, '2309.00267, RLAIF',
+            models=('reference', 'judge'), defaults={'kl_coefficient': 0.04}),
+    _online('gdpo', policy_gradient.grpo_loss, '2601.05242, GDPO', 'TRL normalize_then_sum',
+            advantage=advantage.component_normalized),
+    _online('pass_at_k', policy_gradient.grpo_loss, '2503.19595, pass@k optimisation',
+            advantage=advantage.pass_at_k),
+    _online('cispo', policy_gradient.cispo_loss, '2506.13585, MiniMax-M1', 'TRL cispo'),
+    _online('cispo_oxrl', policy_gradient.cispo_oxrl_loss, _OXRL, defaults={'epsilon': 1e-8}),
+    _online('sapo', policy_gradient.sapo_loss, '2511.20347, soft adaptive PO', 'TRL sapo'),
+    _online('clip_cov', policy_gradient.clip_cov_loss, '2505.22617, entropy mechanism'),
+    _online('kl_cov', policy_gradient.kl_cov_loss, '2505.22617, entropy mechanism'),
+    # Policy gradients, one ratio or residual per sequence.
+    _online('rloo', sequence.rloo_loss, '2402.14740, Back to basics', 'TRL RLOO',
             advantage=advantage.leave_one_out_with_kl),
-    _online('grpo', policy_gradient.grpo_loss,
-            'arXiv:2402.03300, DeepSeekMath', 'TRL loss_type=grpo; closed form'),
-    _online('dr_grpo', policy_gradient.dr_grpo_loss,
-            'arXiv:2503.20783, Understanding R1-Zero-like training',
-            'TRL loss_type=dr_grpo; closed form', advantage=advantage.group_centred),
-    _online('bnpo', policy_gradient.bnpo_loss,
-            'TRL, loss_type=bnpo', 'TRL loss_type=bnpo; closed form'),
-    _online('dapo', policy_gradient.dapo_loss,
-            'arXiv:2503.14476, DAPO', 'TRL loss_type=dapo; closed form'),
-    _online('gspo', policy_gradient_sequence.gspo_loss,
-            'arXiv:2507.18071, GSPO', 'TRL importance_sampling_level=sequence; closed form'),
-    _online('cispo', policy_gradient.cispo_loss,
-            'arXiv:2506.13585, MiniMax-M1', 'TRL loss_type=cispo; closed form'),
+    _online('gspo', sequence.gspo_loss, '2507.18071, GSPO', 'TRL sequence level'),
+    _online('gspo_token', sequence.gspo_token_loss, '2507.18071, GSPO', 'TRL sequence level'),
+    _online('luspo', sequence.luspo_loss, '2602.05261, length-unbiased', 'TRL luspo'),
+    _online('vespo', sequence.vespo_loss, '2602.10693, variational soft PO', 'TRL vespo'),
+    _online('gmpo', sequence.gmpo_loss, '2507.20673, geometric mean', 'TRL GMPO'),
+    _online('a_star_po', sequence.a_star_po_loss, '2505.20686, A*-PO', 'TRL A2PO',
+            models=('reference',), advantage=advantage.minus_optimal_value,
+            data='optimal values first estimated from samples of the reference'),
+    _online('rebel', sequence.rebel_loss, '2404.16767, REBEL', advantage=None,
+            data='two completions per prompt'),
+    _online('nash_md', sequence.nash_md_loss, '2312.00886, Nash learning',
+            models=('reference', 'judge'), advantage=advantage.win_margin,
+            data='judged against samples of a mixture with the reference'),
+    # Preferences on the policy's own samples.
+    _pairs('online_dpo', link.dpo_loss, '2402.04792, online AI feedback', 'TRL DPO sigmoid',
+           door='prompts', models=('reference', 'judge'), data='best against worst of a group'),
+    _pairs('xpo', online_preference.xpo_loss, '2405.21046, exploratory PO', door='prompts',
+           models=('reference', 'judge'), data="the policy's sample against the reference's"),
+    _pairs('spin', link.dpo_loss, '2401.01335, self-play fine-tuning', 'TRL DPO sigmoid',
+           door='demonstrations', data="the previous iterate's sample is rejected"),
+    # Preferences: the link differs from DPO.
+    _pairs('dpo', link.dpo_loss, '2305.18290, DPO', 'TRL DPO sigmoid'),
+    _pairs('cdpo', link.cdpo_loss, 'Mitchell 2023, noisy preferences', 'TRL DPO label_smoothing'),
+    _pairs('robust_dpo', link.robust_dpo_loss, '2403.00409, provably robust DPO', 'TRL DPO robust'),
+    _pairs('robust_dpo_oxrl', link.robust_dpo_oxrl_loss, _OXRL),
+    _pairs('hinge', link.hinge_loss, '2309.06657, RSO', 'TRL DPO hinge'),
+    _pairs('exo', link.exo_loss, '2402.00856, EXO', 'TRL DPO exo_pair'),
+    _pairs('discopop', link.discopop_loss, '2406.08414, DiscoPOP', 'TRL DPO discopop'),
+    _pairs('gpo', link.gpo_loss, '2402.05749, generalized PO'),
+    _pairs('focalpo', link.focalpo_loss, '2501.06645, FocalPO'),
+    _pairs('focalpo_oxrl', link.focalpo_oxrl_loss, _OXRL),
+    _pairs('odpo', link.odpo_loss, '2402.10571, DPO with an offset',
+           models=('reference', 'reward_model')),
+    _pairs('odpo_oxrl', link.odpo_oxrl_loss, _OXRL),
+    # Preferences: the score differs.
+    _pairs('ipo', score.ipo_loss, '2310.12036, IPO', 'TRL DPO ipo'),
+    _pairs('ipo_oxrl', score.ipo_oxrl_loss, _OXRL),
+    _pairs('sigmoid_norm', score.sigmoid_norm_loss, '2411.15124, Tulu 3', 'TRL DPO sigmoid_norm'),
+    _pairs('simpo', score.simpo_loss, '2405.14734, SimPO', 'TRL CPO simpo', models=()),
+    _pairs('simpo_oxrl', score.simpo_oxrl_loss, _OXRL, models=()),
+    _pairs('alphapo', score.alphapo_loss, '2501.03884, AlphaPO', 'TRL CPO alpha', models=()),
+    _pairs('alphapo_oxrl', score.alphapo_oxrl_loss, _OXRL, models=()),
+    _pairs('cpo', score.cpo_loss, '2401.08417, CPO', 'TRL CPO sigmoid', models=()),
+    _pairs('cposimpo', score.cposimpo_loss, 'fe1ixxu/CPO_SIMPO', 'TRL CPO simpo', models=()),
+    _pairs('orpo', score.orpo_loss, '2403.07691, ORPO', 'TRL ORPO', models=()),
+    _pairs('slic_hf', score.slic_hf_loss, '2305.10425, SLiC-HF', models=()),
+    _pairs('sampo', score.sampo_loss, '2406.10957, SamPO'),
+    _pairs('ld_dpo', score.ld_dpo_loss, '2409.06411, LD-DPO', 'TRL DPO ld_alpha'),
+    _pairs('rdpo', score.rdpo_loss, '2403.19159, length from quality'),
+    _pairs('rdpo_oxrl', score.rdpo_oxrl_loss, _OXRL),
+    _pairs('hdpo', score.hdpo_loss, '2411.07595, entropy-controllable DPO'),
+    _pairs('dposhift', score.dposhift_loss, '2502.07599, DPO-Shift'),
+    _pairs('fdpo', score.fdpo_loss, '2309.16240, f-DPO', 'TRL DPO f_divergence_type'),
+    _pairs('chipo', score.chipo_loss, '2407.13399, chi-squared PO'),
+    _pairs('spo', score.spo_loss, 'EMNLP Findings 2025.300, SPO', models=()),
+    # Preferences: the gap differs.
+    _pairs('dpop', gap.dpop_loss, '2402.13228, Smaug'),
+    _pairs('minor_dpo', gap.minor_dpo_loss, '2408.09834, Minor DPO'),
+    _pairs('bpo', gap.bpo_loss, '2506.03557, BPO'),
+    _pairs('aot', gap.aot_loss, '2406.05882, alignment by OT', 'TRL DPO aot'),
+    _pairs('aot_unpaired', gap.aot_unpaired_loss, '2406.05882, alignment by OT',
+           'TRL DPO aot_unpaired'),
+    _pairs('betadpo', gap.betadpo_loss, '2407.08639, dynamic beta'),
+    _pairs('betadpo_oxrl', gap.betadpo_oxrl_loss, _OXRL),
+    _pairs('alpha_dpo', gap.alpha_dpo_loss, '2410.10148, AlphaDPO'),
+    _pairs('wpo', gap.wpo_loss, '2406.11827, WPO', 'TRL DPO use_weighting'),
+    _pairs('step_dpo', link.dpo_loss, '2406.18629, Step-DPO', 'TRL DPO sigmoid',
+           defaults={'beta': 0.5}, data='pairs of next steps after a correct prefix'),
+    _pairs('tr_dpo', link.dpo_loss, '2404.09656, learn your reference', 'TRL DPO sigmoid',
+           data='the reference follows the policy'),
+    # Preferences: the aggregate or the anchor differs.
+    _pairs('drdpo', anchor.drdpo_loss, '2407.07880, Dr. DPO'),
+    _pairs('sppo', anchor.sppo_loss, '2405.00675, SPPO', 'TRL DPO sppo_hard'),
+    _pairs('sppo_soft', anchor.sppo_soft_loss, '2405.00675, SPPO', models=('reference', 'judge')),
+    _pairs('nca', anchor.nca_loss, '2402.05369, noise contrastive', 'TRL DPO nca_pair'),
+    _pairs('caldpo', anchor.caldpo_loss, '2412.14516, Cal-DPO'),
+    _pairs('apo_zero', anchor.apo_zero_loss, '2408.06266, APO', 'TRL DPO apo_zero'),
+    _pairs('apo_down', anchor.apo_down_loss, '2408.06266, APO', 'TRL DPO apo_down'),
+    _pairs('c2dpo', anchor.c2dpo_loss, '2502.17507, C-3DPO'),
+    _pairs('dpnll', anchor.dpnll_loss, '2404.19733, iterative reasoning PO'),
+    _pairs('rpo', anchor.rpo_loss, '2405.16436, RPO', 'TRL DPO sigmoid+sft'),
+    _pairs('mpo', anchor.mpo_loss, '2411.10442, mixed PO'),
+    _pairs('tpo', anchor.tpo_loss, '2405.16681, triple PO', models=(), data='and demonstrations'),
+    _pairs('tpo_l', anchor.tpo_l_loss, '2405.16681, triple PO', models=(),
+           data='and demonstrations'),
+    _pairs('mdpo', anchor.mdpo_loss, '2406.11839, mDPO'),
+    _pairs('bco_pair', unpaired.bco_pair_loss, '2404.04656, BCO', 'TRL DPO bco_pair'),
+    _pairs('kto_oxrl', unpaired.kto_oxrl_loss, _OXRL),
+    # Responses with a label.
+    _pairs('kto', unpaired.kto_loss, '2402.01306, KTO', 'TRL KTO', door='unpaired'),
+    _pairs('apo_zero_unpaired', unpaired.apo_zero_unpaired_loss, '2408.06266, APO', 'TRL KTO',
+           door='unpaired'),
+    _pairs('bco', unpaired.bco_loss, '2404.04656, BCO', door='unpaired'),
+    # Demonstrations and rollouts together.
+    _hybrid('hpt', hybrid.hpt_loss, _HPT, advantage=hybrid.gate),
+    _hybrid('hpt_off', hybrid.hpt_loss, _HPT, advantage=hybrid.gate,
+            defaults={'threshold': -1.0, 'off_policy_threshold': 0.0}),
+    _hybrid('hpt_mix', hybrid.hpt_loss, _HPT, advantage=hybrid.gate,
+            defaults={'threshold': 0.0, 'off_policy_threshold': 0.25}),
+    _hybrid('luffy', hybrid.luffy_loss, '2504.14945, LUFFY', advantage=advantage.group_centred),
+    _hybrid('srft', hybrid.srft_loss, '2506.19767, SRFT', advantage=advantage.group_centred),
+    _hybrid('sft_then_grpo', policy_gradient.dr_grpo_loss, _HPT, tested_against='TRL dr_grpo',
+            advantage=advantage.group_centred, data='sft first, then dr_grpo from its checkpoint'),
+    # Reward models, which train a head and no policy.
+    _reward('reward_bt', reward_model.reward_bt_loss, '2203.02155, Bradley-Terry', 'TRL Reward'),
+    _reward('reward_margin', reward_model.reward_margin_loss, '2307.09288, Llama 2', 'TRL Reward'),
+    _reward('reward_centred', reward_model.reward_centred_loss, '2312.09244, helping or herding',
+            'TRL Reward'),
+    _reward('reward_kwise', reward_model.reward_kwise_loss, '2203.02155, InstructGPT'),
+    _reward('orm', reward_model.orm_loss, '2110.14168, outcome reward model', door='unpaired'),
+    _reward('prm', reward_model.prm_loss, '2305.20050, process reward model', door='stepwise'),
+    _reward('math_shepherd', reward_model.prm_loss, '2312.08935, Math-Shepherd', door='prompts',
+            data='a step is labelled by the rollouts that succeed from it'),
+    _reward('preference_model', reward_model.preference_model_loss, '2312.00886, pair judge'),
 )
 
 TABLE = {row.name: row for row in _ROWS}
@@ -109,14 +307,33 @@ def names():
 def get(name):
   """Returns the row of `name`, or of a user's own `path/to/file.py:function`.
 
+  Either may be followed by modifiers: `grpo+tis`.
+
   Raises:
-    UserError: no such name (near ones are listed), file, or function.
+    UserError: no such name (near ones are listed), file, function or modifier.
   """
-  if '.py:' in name:
-    return _from_file(name)
-  if name not in TABLE:
-    raise config.UserError(f'algo {name!r} is unknown{config.near_names(name, TABLE)}')
-  return TABLE[name]
+  path, separator, rest = name.rpartition('.py:')
+  base, *added = rest.split('+')
+  if separator:
+    row = _from_file(f'{path}.py:{base}')
+  elif base in TABLE:
+    row = TABLE[base]
+  else:
+    raise config.UserError(f'algo {base!r} is unknown{config.near_names(base, TABLE)}')
+  for modifier in added:
+    row = _modified(row, modifier)
+  return row
+
+
+def _modified(row, modifier):
+  if modifier not in modifiers.MODIFIERS:
+    raise config.UserError(
+        f'modifier {modifier!r} is unknown{config.near_names(modifier, modifiers.MODIFIERS)}')
+  if not {'advantages', 'loss_mask'} <= set(inspect.signature(row.loss).parameters):
+    raise config.UserError(
+        f'algo {row.name!r} takes no advantages, so {modifier!r} has nothing to modify')
+  return dataclasses.replace(
+      row, name=f'{row.name}+{modifier}', loss=modifiers.MODIFIERS[modifier](row.loss))
 
 
 def from_loss(name, loss):
@@ -164,17 +381,22 @@ def _as_dict(row):
   return {
       'name': row.name, 'family': row.family, 'door': row.door, 'models': list(row.models),
       'loss': function_name(row.loss), 'advantage': function_name(row.advantage),
-      'hyperparameters': row.hyperparameters(), 'source': row.source,
-      'tested_against': row.tested_against}
+      'hyperparameters': row.hyperparameters(), 'source': _title(row),
+      'tested_against': row.tested_against, 'data': row.data}
+
+
+def _title(row):
+  return f'arXiv:{row.source}' if row.source[:4].isdigit() else row.source
 
 
 def table_text():
   """Returns the table for a terminal, aligned columns."""
   header = ('name', 'family', 'data', 'models', 'source')
   lines = [header] + [
-      (row.name, row.family, row.door, ', '.join(row.models) or '-', row.source)
+      (row.name, row.family, row.door, ', '.join(row.models) or '-', _title(row))
       for row in TABLE.values()]
   widths = [max(len(line[i]) for line in lines) for i in range(len(header) - 1)]
-  return '\n'.join(
+  text = '\n'.join(
       '  '.join([cell.ljust(width) for cell, width in zip(line, widths)] + [line[-1]])
       for line in lines)
+  return f'{text}\n\nmodifiers, as in grpo+tis: {", ".join(modifiers.MODIFIERS)}'

@@ -31,8 +31,7 @@ def _clean_logits(loss_mask, logits, teacher_logits):
     raise ValueError(
         f'logits {logits.shape} and teacher_logits {teacher_logits.shape} must both be [B, T, V] '
         f'with [B, T] of loss_mask, {loss_mask.shape}: student and teacher share a vocabulary')
-  clean = lambda x: jnp.where(
-      loss_mask[..., None], jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), 0.0)
+  clean = lambda x: jnp.where(loss_mask[..., None], masking.wide(x), 0.0)
   return clean(logits), jax.lax.stop_gradient(clean(teacher_logits))
 
 

@@ -142,14 +142,14 @@ def rebel_loss(log_probs, *, old_log_probs, rewards, loss_mask, eta=1.0):
   log_probs, old_log_probs = masking.clean(
       loss_mask, log_probs=log_probs, old_log_probs=old_log_probs)
   scores = (log_probs - old_log_probs).sum(axis=1)  # [B] nats
-  difference = lambda x: jnp.repeat(x[::2] - x[1::2], 2)  # [B], the same for both rows of a prompt
   advantage.in_groups(rewards, 2)
-  residual = difference(rewards) - difference(scores) / eta
-  sign = jnp.where(jnp.arange(rewards.size) % 2 == 0, 1.0, -1.0).astype(log_probs.dtype)
-  lengths = masking.lengths(loss_mask, log_probs.dtype)
+  partner = jnp.arange(rewards.size) ^ 1  # 2p <-> 2p + 1
+  residual = (rewards - rewards[partner]) - (scores - scores[partner]) / eta  # [B], signed
+  counts = loss_mask.sum(axis=1).astype(log_probs.dtype)
+  per_token = 2.0 / jnp.maximum(counts + counts[partner], 1.0)  # the pair's value, over its tokens
   return likelihood.weighted_loss(  # B / 2 prompts, so twice the mean over sequences
-      log_probs, loss_mask, advantages=4.0 / eta * sign * residual, reduce=reduction.sequence_sum,
-      value=jnp.broadcast_to((-jnp.square(residual) / lengths)[:, None], loss_mask.shape))
+      log_probs, loss_mask, advantages=4.0 / eta * residual, reduce=reduction.sequence_sum,
+      value=jnp.broadcast_to((-jnp.square(residual) * per_token)[:, None], loss_mask.shape))
 
 
 def nash_md_loss(log_probs, *, reference_log_probs, advantages, loss_mask, kl_coefficient=0.1):

@@ -88,7 +88,7 @@ def largest(scores, loss_mask, *, fraction):
   count = jnp.maximum((fraction * loss_mask.sum().astype(scores.dtype)).astype(jnp.int32), 1)
   most = max(int(fraction * scores.size), 1)  # static, and no smaller than count
   values, indices = jax.lax.top_k(jnp.where(loss_mask, scores, -jnp.inf).reshape(-1), most)
-  chosen = (jnp.arange(most) < count) & jnp.isfinite(values)
+  chosen = (jnp.arange(most, dtype=count.dtype) < count) & jnp.isfinite(values)
   return jnp.zeros(scores.size, bool).at[indices].set(chosen).reshape(scores.shape)
 
 

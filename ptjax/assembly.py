@@ -12,16 +12,20 @@ from typing import Any, Callable
 from absl import logging
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ptjax import algorithms
 from ptjax import config as settings
 from ptjax import keys
 from ptjax import sharding
+from ptjax import types
+from ptjax.data import arithmetic
 from ptjax.data import demonstrations
 from ptjax.data import prompts as prompt_door
 from ptjax.data import sources
 from ptjax.data import tokenizer as tokenizers
-from ptjax.data import arithmetic
+from ptjax.evaluation import evaluate as evaluation
+from ptjax.evaluation import tasks
 from ptjax.models import hub
 from ptjax.models import policy as policy_model
 from ptjax.models import presets
@@ -31,11 +35,6 @@ from ptjax.rollout import sampler
 from ptjax.training import algorithm as binding
 from ptjax.training import experience
 from ptjax.training import loop
-from ptjax.training import offline
-from ptjax.training import online
-from ptjax.training import optimizer as optimizers
-from ptjax.training import state as training_state
-from ptjax.training import step as training_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +228,7 @@ def load_data(config, plans, policy):
           max_completion_tokens=config.rollout.max_completion_tokens, **limits)
       doors[plan.stage.index], intake = door, door.intake
     logging.info('%s: %s', plan.stage.name, intake)
-  task = tasks.recognise(rows)
+  task = task_of(config.dataset, rows)
   if prompts is not None:
     specs = config.reward or combine.default_specs(task)
     if not specs:
@@ -251,7 +250,20 @@ def _evaluation_task(config, task):
       return None
     name = config.dataset.partition('@')[0] + '@test'
   rows = sources.load(name, columns=config.data.columns, limit=config.eval.limit, seed=config.seed)
-  return tasks.make(tasks.recognise(rows) or task, rows)
+  kind = task_of(name, rows) or task
+  if kind is None:
+    raise settings.UserError(f'--eval_dataset={name}: no answers to compare with; expected rows '
+                             'with an `answer` column, as arithmetic, GSM8K or MATH have')
+  return tasks.make(kind, rows)
+
+
+def task_of(name, rows):
+  """Returns which built-in task `rows` look like: arithmetic, gsm8k, math or None."""
+  if name.partition(':')[0].partition('@')[0] in sources.TASKS:
+    return 'arithmetic'
+  if 'prompt' not in rows.columns or 'answer' not in rows.columns:
+    return None
+  return 'gsm8k' if '####' in str(rows[0]['answer']) else 'math'
 
 
 def sampling_options(config, policy):
@@ -269,6 +281,47 @@ def make_forward(model, temperature, remat):
     return policy_model.log_probs(model, params, prompt_tokens, prompt_lengths, tokens,
                                   temperature=temperature, remat=remat)
   return forward
+
+
+def make_generate(config, policy, mesh):
+  """Returns `generate(params, rows, samples, greedy) -> evaluation.evaluate.Generations`.
+
+  Rows are decoded `eval.batch_size` at a time, all in one shape; the last batch is filled up with
+  rows whose completions are thrown away.
+  """
+  samplers, doors = {}, {}
+
+  def generate(params, rows, samples, greedy):
+    if samples not in doors:
+      doors[samples] = prompt_door.PromptDoor(
+          rows, policy.tokenizer, num_prompts=1, group_size=samples, overlong='truncate',
+          max_prompt_tokens=config.data.max_prompt_tokens, seed=None)
+      if len(doors[samples]) != len(rows):
+        raise settings.UserError(f'evaluation: {doors[samples].intake}; every row needs a prompt')
+    if (samples, greedy) not in samplers:
+      options = dataclasses.replace(
+          sampling_options(config, policy), group_size=samples, top_k=0, top_p=1.0, min_p=0.0,
+          temperature=0.0 if greedy else config.eval.temperature)
+      samplers[samples, greedy] = sampler.make_sampler(
+          policy.config, options, mesh=mesh, decode_text=policy.tokenizer.decode)
+    parts = sharding.batch_size(mesh)
+    size = -(-min(config.eval.batch_size, len(rows)) // parts) * parts
+    everything = doors[samples].take(range(len(rows)))
+    completions, lengths, truncated = [], [], []
+    for start in range(0, len(rows), size):
+      chosen = np.minimum(np.arange(start, start + size), len(rows) - 1)
+      prompts = types.Prompts(
+          tokens=everything.tokens[chosen], lengths=everything.lengths[chosen],
+          ids=everything.ids[chosen], sample_ids=everything.sample_ids[chosen])
+      rollouts = sharding.fetch(samplers[samples, greedy](
+          params, prompts, keys.stream(config.seed, 'evaluation')))
+      real = min(size, len(rows) - start)
+      grouped = lambda values: [list(values[i * samples:(i + 1) * samples]) for i in range(real)]
+      completions += grouped(experience.texts(rollouts, policy.tokenizer))
+      lengths += grouped(rollouts.loss_mask.sum(1).tolist())
+      truncated += grouped(rollouts.truncated.tolist())
+    return evaluation.Generations(completions, lengths, truncated)
+  return generate
 
 
 def bytes_needed(policy, config):

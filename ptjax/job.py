@@ -211,7 +211,9 @@ class _Run:
     settings_ = self._config.eval
     generate = assembly.make_generate(self._config, self._policy, self._mesh)
     def evaluate(params):
-      return evaluation.evaluate(
+      metrics = evaluation.evaluate(
           self._data.evaluation, functools.partial(generate, params),
           samples=settings_.samples, ks=settings_.k)
+      # The interval follows from the standard error; metrics.jsonl has one number for it.
+      return {k: v for k, v in metrics.items() if not k.endswith(('_low', '_high'))}
     return evaluate

@@ -237,12 +237,14 @@ def load_data(config, plans, policy):
           '--reward=path/to/file.py:function')
     rewards = combine.load(specs, config.rewards.on_error,
                            timeout_seconds=config.rewards.timeout_seconds,
-                           workers=config.rewards.workers)
-    rewards.check_columns([name for name in rows.columns if name != 'prompt'])
-  return Data(prompts, doors, rewards, _evaluation_task(config, task))
+                           workers=config.rewards.workers,
+                           function_timeout_seconds=config.rewards.function_timeout_seconds)
+    rewards.check_columns([*(name for name in rows.columns if name != 'prompt'),
+                           'completion_ids'])
+  return Data(prompts, doors, rewards, _evaluation_task(config, task, rewards))
 
 
-def _evaluation_task(config, task):
+def _evaluation_task(config, task, rewards):
   """The rows to evaluate on: those asked for, or a built-in task's own held-out ones."""
   name = config.eval.dataset
   if name is None:
@@ -251,10 +253,12 @@ def _evaluation_task(config, task):
     name = config.dataset.partition('@')[0] + '@test'
   rows = sources.load(name, columns=config.data.columns, limit=config.eval.limit, seed=config.seed)
   kind = task_of(name, rows) or task
-  if kind is None:
+  if kind is not None:
+    return tasks.make(kind, rows)
+  if rewards is None:
     raise settings.UserError(f'--eval_dataset={name}: no answers to compare with; expected rows '
                              'with an `answer` column, as arithmetic, GSM8K or MATH have')
-  return tasks.make(kind, rows)
+  return tasks.rewarded('held_out', rows, rewards)
 
 
 def task_of(name, rows):

@@ -86,6 +86,7 @@ class RewardSettings:
   """How completions are scored."""
   on_error: str = 'raise'  # a reward function that fails: raise, or zero
   timeout_seconds: float = 5.0  # per maths answer that needs symbolic comparison
+  function_timeout_seconds: float | None = None  # per call of a reward function; None: no limit
   workers: int = 2  # processes that compare maths answers
 
   def __post_init__(self):

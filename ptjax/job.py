@@ -2,16 +2,15 @@
 
 import functools
 import os
+import shutil
 import sys
 import traceback
 
-from absl import logging
 import jax
 import jax.numpy as jnp
 
 from ptjax import assembly
 from ptjax import config as settings
-from ptjax import keys
 from ptjax import sharding
 from ptjax.evaluation import evaluate as evaluation
 from ptjax.evaluation import tasks
@@ -78,18 +77,22 @@ class _Run:
 
   def run(self):
     """Trains every stage, then writes the model and the report."""
-    latest = self._checkpointer.latest() if self._folder.resuming else None
-    first = latest[1]['stage'] if latest else 0
+    restored = None
+    if self._folder.resuming:
+      restored = self._checkpointer.restore(self._targets)
+    else:
+      shutil.rmtree(self._folder.path / 'reference', ignore_errors=True)
+    first = restored.metadata['stage'] if restored else 0
+    at_step = restored.step if restored else None
     self._writer = metrics_files.MetricsWriter(
-        self._folder.path, resume_step=latest[0] if latest else None,
-        tensorboard=self._config.log.tensorboard)
+        self._folder.path, resume_step=at_step, tensorboard=self._config.log.tensorboard)
     completed = True
     with self._writer, loop.Interrupt() as interrupt, progress.Progress(
-        self._total_steps, initial=latest[0] if latest else 0) as self._progress:
+        self._total_steps, initial=at_step or 0) as self._progress:
       params = None
       for plan in self._plans[first:]:
-        params, completed = self._stage(plan, params, latest, interrupt)
-        latest = None
+        params, completed = self._stage(plan, params, restored, interrupt)
+        restored = None
         if not completed:
           break
       self._checkpointer.wait()
@@ -110,21 +113,26 @@ class _Run:
     print(progress.final_table(self._folder.path))
     print('\n'.join(lines))
 
-  def _stage(self, plan, params, latest, interrupt):
-    """Trains one stage; returns (params, completed)."""
+  def _optimizer(self, plan):
+    """The stage's optimizer, its schedule, and where its state lies."""
+    shapes = hub.param_shapes(self._policy.config)
+    optimizer, schedule = optimizers.make_optimizer(plan.optimizer, plan.stage.steps, shapes)
+    return optimizer, schedule, training_state.shardings(self._mesh, shapes, optimizer)
+
+  def _targets(self, metadata):
+    """Shapes and shardings of the state that a checkpoint with this metadata holds."""
+    optimizer, _, shardings = self._optimizer(self._plans[metadata['stage']])
+    shapes = jax.eval_shape(lambda p: training_state.init(p, optimizer),
+                            hub.param_shapes(self._policy.config))
+    return _with_shardings(shapes, shardings)
+
+  def _stage(self, plan, params, restored, interrupt):
+    """Trains one stage, from `params` or from a restored checkpoint; returns (params, completed)."""
     stage, config = plan.stage, self._config
     online_stage = plan.row.door == 'prompts'
     per_rollout = config.training.mini_batches * config.training.epochs if online_stage else 1
     bound = binding.bind(plan.row, plan.hyperparameters, updates_per_rollout=per_rollout)
-    shapes = hub.param_shapes(self._policy.config)
-    optimizer, schedule = optimizers.make_optimizer(plan.optimizer, stage.steps, shapes)
-    shardings = training_state.shardings(self._mesh, shapes, optimizer)
-    restored = None
-    if latest is not None:
-      targets = jax.tree.map(
-          lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
-          jax.eval_shape(lambda p: training_state.init(p, optimizer), shapes), shardings)
-      restored = self._checkpointer.restore(targets)
+    optimizer, schedule, shardings = self._optimizer(plan)
     if restored is not None:
       state = restored.arrays
       self._counters = restored.metadata['counters']
@@ -185,16 +193,17 @@ class _Run:
     """The frozen reference: the policy as this stage found it, kept on disk for a resume."""
     if not bound.needs_reference:
       return None
-    with checkpoint.Checkpointer(self._folder.path / 'reference' / str(stage.index),
-                                 keep=1, asynchronous=False) as kept:
-      if restored is not None:
-        targets = jax.tree.map(
-            lambda x, d: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=d),
-            state.params, shardings.params)
-        return kept.restore(targets).arrays
-      reference = jax.tree.map(jnp.copy, state.params)
-      kept.save(0, reference, {})
-    return reference
+    folder = self._folder.path / 'reference' / str(stage.index)
+    with checkpoint.Checkpointer(folder, keep=1, asynchronous=False) as kept:
+      if restored is None:
+        reference = jax.tree.map(jnp.copy, state.params)
+        kept.save(0, reference, {})
+        return reference
+      found = kept.restore(_with_shardings(state.params, shardings.params))
+      if found is None:
+        raise settings.UserError(f'{folder} is gone, and with it the reference this run was '
+                                 'trained against; restore it, or start anew in another --out_dir')
+      return found.arrays
 
   def _record(self, step, metrics, samples):
     metrics['perf/compilations'] = self._compilations.count
@@ -211,9 +220,12 @@ class _Run:
     settings_ = self._config.eval
     generate = assembly.make_generate(self._config, self._policy, self._mesh)
     def evaluate(params):
-      metrics = evaluation.evaluate(
+      return evaluation.evaluate(
           self._data.evaluation, functools.partial(generate, params),
           samples=settings_.samples, ks=settings_.k)
-      # The interval follows from the standard error; metrics.jsonl has one number for it.
-      return {k: v for k, v in metrics.items() if not k.endswith(('_low', '_high'))}
     return evaluate
+
+
+def _with_shardings(shapes, shardings):
+  return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
+                      shapes, shardings)

@@ -52,12 +52,25 @@ def score(reward_set, prompts, completions, columns):
     values [B, F] float64 with NaN where a function has no opinion, total [B] float64,
     scored [B] bool, and the report (counts of time-outs and errors).
   """
-  mine = sharding.local_rows(len(completions))
-  table = reward_set.score(prompts[mine], completions[mine],
-                           {name: values[mine] for name, values in columns.items()})
-  values, total, scored = (sharding.gather_rows(np.asarray(x))
+  count = len(completions)
+  mine = sharding.local_rows(count)
+  table, failure = None, None
+  try:
+    table = reward_set.score(prompts[mine], completions[mine],
+                             {name: values[mine] for name, values in columns.items()})
+  except Exception as error:  # raised below, once every process knows
+    failure = error
+  failures = [text for text in sharding.gather_json(None if failure is None else str(failure))
+              if text is not None]
+  if failures:
+    raise failure or settings.UserError(failures[0])
+  report = {}
+  for part in sharding.gather_json(table.report):
+    for name, number in part.items():
+      report[name] = report.get(name, 0) + number
+  values, total, scored = (sharding.gather_rows(np.asarray(x), count)
                            for x in (table.values, table.total, table.scored))
-  return dataclasses.replace(table, values=values, total=total, scored=scored)
+  return dataclasses.replace(table, values=values, total=total, scored=scored, report=report)
 
 
 def estimate_advantages(estimator, rewards, scored, *, group_size, **arrays):
@@ -176,8 +189,10 @@ class Collector:
     repeat = lambda values: [v for v in values for _ in range(group)]
     completions = texts(rollouts, self.tokenizer)
     prompt_texts = repeat(drawn.texts)
-    table = score(self.reward_set, prompt_texts, completions,
-                  {name: repeat(values) for name, values in drawn.columns.items()})
+    columns = {name: repeat(values) for name, values in drawn.columns.items()}
+    columns['completion_ids'] = [
+        row[mask].tolist() for row, mask in zip(rollouts.tokens, rollouts.loss_mask)]
+    table = score(self.reward_set, prompt_texts, completions, columns)
     clock.lap('reward')
     batch = assemble(prompts, rollouts, scored=table.scored, mask_truncated=self.mask_truncated,
                      reuse_log_probs=self.rollout.reuse_log_probs)

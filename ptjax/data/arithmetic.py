@@ -18,7 +18,7 @@ _OPERATIONS = {'+': np.add, '-': np.subtract, '*': np.multiply}
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arithmetic:
   """How hard the task is."""
-  max_operand: int = 99  # operands are 0..max_operand
+  max_operand: int = 49  # operands are 0..max_operand
   operations: str = '+'  # any of + - *, each equally often
   test_fraction: float = 0.1  # of the problems, kept for evaluation
 

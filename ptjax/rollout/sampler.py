@@ -228,8 +228,8 @@ class Sampler:
       raise ValueError(f'sample_ids of shape {prompts.sample_ids.shape}; expected one per '
                        f'completion, [P, group_size] = {expected}')
     if lengths.min() < 1:
-      raise settings.UserError(f'prompt {prompts.ids[lengths.argmin()]} has no tokens; a model '
-                               'needs at least one, e.g. a BOS token')
+      raise settings.UserError(f'the prompt of row {prompts.ids[lengths.argmin()]} has no '
+                               'tokens; a model needs at least one, e.g. a BOS token')
     longest = lengths.max() + self.options.max_tokens
     if longest > self.config.max_length:
       raise settings.UserError(

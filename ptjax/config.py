@@ -163,6 +163,9 @@ class LogSettings:
   report: bool = True  # write report.html at the end
   compile_cache: str | None = 'auto'  # folder of compiled programs; auto: ~/.cache/ptjax/xla
 
+  def __post_init__(self):
+    _positive('log.samples_every', self.samples_every)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:

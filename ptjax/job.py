@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -36,7 +37,7 @@ def run(config, *, argv=None):
 
   Args:
     config: config.Config.
-    argv: the command line, for the report.
+    argv: the command line, for the report and for the advice how to go on; default sys.argv.
   Raises:
     UserError: something the user can set right; found before training where possible.
     TrainingFailed, or what a stage raised; the traceback is then in error.txt.
@@ -50,7 +51,8 @@ def run(config, *, argv=None):
   with run_folder.open_run(config, assembly.out_dir(config), argv=argv) as folder:
     run_folder.check_writable(folder.path, assembly.bytes_needed(policy, config))
     try:
-      _Run(config, folder, mesh, policy, plans, data).run()
+      with _Run(config, folder, mesh, policy, plans, data) as job:
+        completed = job.run()
     except settings.UserError:
       raise
     except Exception as error:
@@ -58,7 +60,18 @@ def run(config, *, argv=None):
       error.add_note(f'(traceback in {path})')
       raise
     finally:
-      data.rewards.close()
+      if data.rewards is not None:
+        data.rewards.close()
+  if not completed and jax.process_index() == 0:
+    print(f'interrupted; a checkpoint is saved. To go on: {resume_command(config, argv)}')
+
+
+def resume_command(config, argv=None):
+  """The command that continues the run of `config` which `argv` started."""
+  arguments = (sys.argv if argv is None else argv)[1:]
+  if config.resume == 'never':
+    arguments = [*arguments, '--resume=auto']  # of a repeated flag the last counts
+  return shlex.join(['python', '-m', 'ptjax.launch', *arguments])
 
 
 class _Run:
@@ -75,8 +88,14 @@ class _Run:
     self._counters = {'num_tokens': 0}
     self._evaluate = self._make_evaluate()
 
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self._checkpointer.close()  # waits: what is being written is not lost to an error
+
   def run(self):
-    """Trains every stage, then writes the model and the report."""
+    """Trains every stage, then writes model and report; returns False if it was interrupted."""
     restored = None
     if self._folder.resuming:
       restored = self._checkpointer.restore(self._targets)
@@ -96,15 +115,13 @@ class _Run:
         if not completed:
           break
       self._checkpointer.wait()
-    self._checkpointer.close()
     if not completed:
-      print('interrupted; a checkpoint is saved. To go on: '
-            + ' '.join(['python -m ptjax.launch', *sys.argv[1:]]))
-      return
+      return False
     hub.export(os.path.join(self._folder.path, 'model'), self._policy.config, params,
                self._policy.tokenizer, stop_ids=self._policy.stop_ids)
     if jax.process_index() == 0:
       self._finish()
+    return True
 
   def _finish(self):
     lines = [f'model   {self._folder.path / "model"}']
@@ -187,7 +204,8 @@ class _Run:
         reference_log_probs=None if reference is None else functools.partial(
             host_log_probs, reference),
         num_samples=config.log.samples)
-    return online.RolloutSource(collector, config.training, seed=config.seed, mesh=self._mesh)
+    return online.RolloutSource(collector, config.training, seed=config.seed, mesh=self._mesh,
+                                samples_every=config.log.samples_every)
 
   def _reference(self, bound, stage, state, shardings, restored):
     """The frozen reference: the policy as this stage found it, kept on disk for a resume."""
@@ -209,7 +227,7 @@ class _Run:
     metrics['perf/compilations'] = self._compilations.count
     if jax.process_index() == 0:
       self._writer.write(step, metrics)
-      if samples and (step - 1) % self._config.log.samples_every < 1:
+      if samples:
         self._writer.write_samples(step, samples)
     self._progress.update(step, metrics)
 

@@ -9,6 +9,7 @@ numbers, and `put` hands each device its part. `fetch` is the way back.
 """
 
 import contextlib
+import json
 import re
 
 import flax.linen as nn
@@ -163,15 +164,41 @@ def fetch(tree):
   return jax.tree.map(one, tree)
 
 
-def gather_rows(local):
-  """Concatenates each process's rows of a NumPy array, in process order."""
+def gather_rows(local, count):
+  """Puts the rows of `local_rows` together again.
+
+  Args:
+    local: NumPy array, this process's rows.
+    count: rows of all processes together.
+  Returns:
+    [count, ...], in the original order and to the bit: rows travel as bytes, since devices have no
+    float64.
+  """
   if jax.process_count() == 1:
     return local
-  return np.asarray(multihost_utils.process_allgather(local, tiled=True))
+  rows = np.zeros((_share(count), *local.shape[1:]), local.dtype)
+  rows[:len(local)] = local
+  gathered = multihost_utils.process_allgather(
+      rows.reshape(len(rows), -1).view(np.uint8), tiled=True)
+  return np.asarray(gathered).view(local.dtype).reshape(-1, *local.shape[1:])[:count]
+
+
+def gather_json(value):
+  """Returns each process's `value`, which JSON can hold, in process order."""
+  if jax.process_count() == 1:
+    return [value]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  longest = int(np.max(multihost_utils.process_allgather(np.asarray(len(text)))))
+  rows = multihost_utils.process_allgather(np.pad(text, (0, longest - len(text))))
+  return [json.loads(np.asarray(row).tobytes().rstrip(b'\0')) for row in rows]
 
 
 def local_rows(count):
   """The slice of `count` rows that this process works on (rewards are computed once)."""
-  share = -(-count // jax.process_count())
+  share = _share(count)
   start = min(jax.process_index() * share, count)
   return slice(start, min(start + share, count))
+
+
+def _share(count):
+  return -(-count // jax.process_count())

@@ -1,5 +1,6 @@
 """The loop around the train step: it owns time, disk and interruptions; what it calls is pure."""
 
+import collections
 import contextlib
 import dataclasses
 import signal
@@ -10,6 +11,9 @@ import jax
 from jax import monitoring
 
 from ptjax import sharding
+
+
+_ASK_EVERY_STEPS = 10
 
 
 class TrainingFailed(RuntimeError):
@@ -48,6 +52,10 @@ class Interrupt:
   def __exit__(self, *exception):
     for number, handler in self._previous.items():
       signal.signal(number, handler)
+
+  def agreed(self):
+    """Whether any process was asked to stop; all processes call this at the same place."""
+    return any(sharding.gather_json(self.requested))
 
   def _note(self, number, frame):
     del frame
@@ -91,33 +99,37 @@ def run(stage, state, source, train_step, *, record, save, evaluate=None, eval_e
   Raises:
     TrainingFailed: too many updates in a row were not finite.
   """
-  waiting = None  # (global step, host metrics, device metrics, samples, start time)
+  waiting = collections.deque()  # (step, host metrics, device metrics, samples, start time)
 
-  def flush():
-    nonlocal waiting
-    if waiting is None:
-      return
-    step, metrics, on_device, samples, started = waiting
-    waiting = None
-    on_device = {k: v.item() for k, v in sharding.fetch(on_device).items()}
-    now = time.perf_counter()
-    bad_steps = int(on_device.pop('bad_steps'))
-    tokens = metrics.pop('train_tokens')
-    counters['num_tokens'] += tokens
-    metrics.pop('rollout_tokens', None)
-    metrics.setdefault('timing_s/update', now - started)
-    total = sum(v for k, v in metrics.items() if k.startswith('timing_s/'))
-    metrics.update(on_device, step_time=total, num_tokens=counters['num_tokens'],
-                   stage=stage.name, **{'perf/train_tokens_per_second': tokens / total})
-    if bad_steps:
-      metrics['bad_steps'] = bad_steps
-    metrics.update(counters.pop('once', {}))
-    record(step, metrics, samples)
+  def report(leave=0):
+    """Records the steps that are waiting, but for the last `leave`; returns the last bad_steps."""
+    bad_steps = 0
+    while len(waiting) > leave:
+      step, metrics, on_device, samples, started = waiting[0]
+      on_device = {k: v.item() for k, v in sharding.fetch(on_device).items()}
+      source.complete(step, on_device)
+      now = time.perf_counter()
+      bad_steps = int(on_device.pop('bad_steps'))
+      tokens = metrics.pop('train_tokens')
+      counters['num_tokens'] += tokens
+      metrics.pop('rollout_tokens', None)
+      metrics.setdefault('timing_s/update', now - started)
+      total = sum(v for k, v in metrics.items() if k.startswith('timing_s/'))
+      metrics.update(on_device, step_time=total, num_tokens=counters['num_tokens'],
+                     stage=stage.name, **{'perf/train_tokens_per_second': tokens / total})
+      if bad_steps:
+        metrics['bad_steps'] = bad_steps
+      metrics.update(counters.pop('once', {}))
+      record(stage.first_step + step + 1, metrics, samples)
+      waiting.popleft()  # only now: no checkpoint may claim a step without a record
+    return bad_steps
+
+  def flush(leave=0):
+    bad_steps = report(leave)
     if bad_steps >= max_bad_steps:
-      checkpoint(int(sharding.fetch(state.step)))
       raise TrainingFailed(
-          f'{bad_steps} updates in a row had a loss or gradient that was not finite (the last at '
-          f'step {step}); the parameters from before them are in the checkpoint of step {step}')
+          f'{bad_steps} updates in a row had a loss or gradient that was not finite; the '
+          'parameters from before them are in the newest checkpoint')
 
   def checkpoint(step):
     pending, pending_metrics = source.pending(step)
@@ -126,14 +138,14 @@ def run(stage, state, source, train_step, *, record, save, evaluate=None, eval_e
     counters['once'] = {'timing_s/checkpoint': time.perf_counter() - started}
 
   def take_step(step):
-    nonlocal state, waiting
+    nonlocal state
     if source.waits_for_params:
       flush()
     batch, metrics, samples = source.batch(state.params, step)
     started = time.perf_counter()
     state, on_device = train_step(state, batch)
-    flush()
-    waiting = (stage.first_step + step + 1, metrics, on_device, samples, started)
+    waiting.append((step, metrics, on_device, samples, started))
+    flush(leave=1)  # this step runs while the one before is recorded
     last = step + 1 == stage.steps
     if evaluate is not None and (last or (eval_every and (step + 1) % eval_every == 0)):
       jax.block_until_ready(on_device)
@@ -141,19 +153,23 @@ def run(stage, state, source, train_step, *, record, save, evaluate=None, eval_e
       eval_started = time.perf_counter()
       metrics.update(evaluate(state.params))
       metrics['timing_s/eval'] = time.perf_counter() - eval_started
-    if last or (step + 1) % checkpoint_every == 0 or interrupt.requested:
+    # Several processes ask each other, which waits for the device: not in every step of a source
+    # that runs ahead.
+    asks = (source.waits_for_params or step % _ASK_EVERY_STEPS == 0 or jax.process_count() == 1)
+    stops = asks and interrupt.agreed()
+    if last or stops or (step + 1) % checkpoint_every == 0:
       flush()
       checkpoint(step + 1)
+    return stops
 
   for step in range(int(sharding.fetch(state.step)), stage.steps):
     try:
-      take_step(step)
-    except Exception as error:
-      if not isinstance(error, TrainingFailed):
-        with contextlib.suppress(Exception):  # the first error is the one to report
-          flush()
-          checkpoint(int(sharding.fetch(state.step)))
+      stops = take_step(step)
+    except Exception:
+      with contextlib.suppress(Exception):  # the first error is the one to report
+        report()
+        checkpoint(int(sharding.fetch(state.step)))
       raise
-    if interrupt.requested:
+    if stops:
       return state, step + 1 == stage.steps
   return state, True

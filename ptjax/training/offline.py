@@ -23,6 +23,9 @@ class DemonstrationSource:
     metrics = {'epoch': self._door.epoch(step), 'train_tokens': int(batch.loss_mask.sum())}
     return training_step.place(batch, self._mesh), metrics, None
 
+  def complete(self, step, metrics):
+    del step, metrics
+
   def pending(self, step):
     del step
     return None, {}

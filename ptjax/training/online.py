@@ -16,24 +16,27 @@ class RolloutSource:
     training: config.TrainingSettings.
     seed: the run's seed.
     mesh: where batches are placed, or None.
+    samples_every: optimizer steps between rollouts that give samples; the stage's first and last
+      rollout always do.
   """
-  waits_for_params = True  # sampling needs the newest parameters, so nothing is gained by running ahead
+  waits_for_params = True  # sampling needs the newest, so nothing is gained by running ahead
 
-  def __init__(self, collector, training, *, seed, mesh=None):
+  def __init__(self, collector, training, *, seed, mesh=None, samples_every=1):
     self._collector = collector
     self._training = training
     self._seed = seed
     self._mesh = mesh
+    self._samples_every = samples_every
     self._experience = None
     self.updates_per_rollout = training.mini_batches * training.epochs
 
   def batch(self, params, step):
-    """Returns the placed batch of `step` (0-based), its metrics, and samples if it is a new rollout."""
+    """Returns the placed batch of `step` (0-based), its metrics, and samples when they are due."""
     index, update = divmod(step, self.updates_per_rollout)
     samples = None
     if update == 0:
       self._experience = self._collector(params, index)
-      samples = self._experience.samples
+      samples = self._experience.samples if self._samples_due(index) else None
     whole = self._experience.batch
     reuses = not bool(whole.on_policy)
     epoch, part = divmod(update, self._training.mini_batches)
@@ -46,6 +49,27 @@ class RolloutSource:
     metrics['rollout_tokens'] = int(whole.loss_mask.sum()) if update == 0 else 0
     metrics['train_tokens'] = int(batch.loss_mask.sum())
     return training_step.place(batch, self._mesh), metrics, samples
+
+  def complete(self, step, metrics):
+    """Completes the metrics of `step`, in place, once the device has given them.
+
+    How far sampler and trainer are apart is seen by a rollout's first update: later ones have
+    moved the policy. They see it again only where old log-probs were recomputed before the first;
+    with the sampler's own in their place, what the first update saw stands for all.
+    """
+    if self._experience.batch.on_policy:
+      return
+    seen = self._experience.metrics if step % self.updates_per_rollout else metrics
+    seen = {name: value for name, value in seen.items() if name.startswith('sampling/')}
+    metrics.update(seen)
+    self._experience.metrics.update(seen)
+
+  def _samples_due(self, index):
+    first = index * self.updates_per_rollout
+    last = first + self.updates_per_rollout >= self._training.steps
+    crossed = first // self._samples_every != (
+        first - self.updates_per_rollout) // self._samples_every
+    return index == 0 or last or crossed
 
   def pending(self, step):
     """What a checkpoint after `step` steps must hold: the rollout in the middle of its updates."""

@@ -168,8 +168,9 @@ def batch_metrics(outputs, batch):
   """Entropy, and how far the sampler's log-probs are from the trainer's.
 
   `sampling/log_prob_gap_max` (nats) and `sampling/effective_sample_size` (a fraction, of the
-  sequence weights trainer / sampler) compare the same weights, so they are measured on the first
-  update of a rollout; on later ones they compare with the old log-probs recomputed then.
+  sequence weights trainer / sampler) compare the same weights on the first update of a rollout,
+  and on later ones through the old log-probs recomputed before it. Without those, the later
+  numbers compare a moved policy, and `online.RolloutSource.complete` puts the first in their place.
   """
   mask = batch.loss_mask
   count = jnp.maximum(mask.sum(), 1)

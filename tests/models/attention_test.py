@@ -39,7 +39,7 @@ def _params(config):
   random = np.random.RandomState(1)
   def draw(path, leaf):
     centre = 1.0 - config.norm_offset if path[-1].key == 'scale' else 0.0
-    return jnp.asarray(centre + 0.3 * random.normal(size=leaf.shape), leaf.dtype)
+    return (centre + 0.3 * random.normal(size=leaf.shape)).astype(leaf.dtype)
   return jax.tree_util.tree_map_with_path(
       draw, jax.eval_shape(lambda: transformer.init(config, jax.random.key(0))))
 

@@ -31,11 +31,11 @@ CONFIG = config_lib.TransformerConfig(
 def _params(config=CONFIG):
   random = np.random.RandomState(1)
   return jax.tree.map(
-      lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), leaf.dtype),
+      lambda leaf: (0.3 * random.normal(size=leaf.shape)).astype(leaf.dtype),
       jax.eval_shape(lambda: transformer.init(config, jax.random.key(0))))
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'chunk', 'with_entropy', 'remat'))
+@functools.partial(jax.jit, static_argnames=('config', 'chunk', 'with_entropy'))
 def _run(params, prompts=PROMPTS, tokens=TOKENS, temperature=1.0, **options):
   options = {'config': CONFIG, **options}
   return policy.log_probs(options.pop('config'), params, prompts, LENGTHS, tokens,
@@ -74,11 +74,12 @@ def test_scores_equal_sequences_run_alone(temperature):
   assert log_probs.std() > 0.3 and entropy.std() > 0.03  # the check has something to see
 
 
-def _gradient(params, config=CONFIG, chunk=None, remat='none'):
+@functools.partial(jax.jit, static_argnames=('chunk', 'remat'))
+def _gradient(params, chunk=None, remat='none'):
   """Gradient of a function of every log-prob and every entropy."""
   weights = jnp.cos(jnp.arange(B * T)).reshape(B, T)
   def loss(params):
-    out = _run(params, config=config, chunk=chunk, remat=remat)
+    out = policy.log_probs(CONFIG, params, PROMPTS, LENGTHS, TOKENS, chunk=chunk, remat=remat)
     return jnp.sum(weights * out['log_probs'] + weights**2 * out['entropy'])
   return jax.grad(loss)(params)
 
@@ -103,14 +104,18 @@ def test_gradient_equals_log_softmax():
       atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize('chunk', [1, 2, 4, 100])
+@pytest.mark.parametrize('chunk', [1, 2, 100])
 def test_chunks_change_nothing(chunk):
-  # chunk 2 and 4 do not divide T = 5: the last chunk is padded.
+  # 2 does not divide T = 5: the last chunk is padded.
   chex.assert_trees_all_close(
       _run(_params(), chunk=chunk), _run(_params()), atol=2e-6, rtol=1e-5)
-  if chunk == 2:
-    chex.assert_trees_all_close(
-        _gradient(_params(), chunk=chunk), _gradient(_params()), atol=1e-5, rtol=1e-4)
+
+
+def test_chunks_and_remat_change_no_gradient():
+  expected = _gradient(_params())
+  scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+  chex.assert_trees_all_close(
+      _gradient(_params(), chunk=2, remat='full'), expected, atol=1e-6 * scale, rtol=0)
 
 
 def test_one_completion_per_prompt():
@@ -166,7 +171,7 @@ def _sizes(text):
 
 
 def test_full_logits_never_exist():
-  config = dataclasses.replace(CONFIG, vocab_size=521)
+  config = dataclasses.replace(CONFIG, vocab_size=521, num_layers=1, layer_windows=None)
   shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
   def loss(params, chunk):
     out = policy.log_probs(config, params, PROMPTS, LENGTHS, TOKENS, chunk=chunk)
@@ -182,7 +187,7 @@ def test_full_logits_never_exist():
 def test_split_batch_is_not_scanned():
   """Every device computes its share only, and hidden states stay where they are."""
   mesh = sharding.make_mesh('data=8')
-  config = dataclasses.replace(CONFIG, vocab_size=520)
+  config = dataclasses.replace(CONFIG, vocab_size=520, num_layers=1, layer_windows=None)
   shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
   batch = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   inputs = shapes, batch(8, S), batch(8), batch(8, T)

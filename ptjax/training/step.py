@@ -141,6 +141,7 @@ def make_log_prob_step(forward, *, mesh=None, params_sharding=None):
   def placed_step(params, batch):
     with sharding.use(mesh):
       return jitted(params, batch)
+  placed_step.lower = jitted.lower
   return placed_step
 
 

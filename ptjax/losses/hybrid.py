@@ -26,7 +26,7 @@ from ptjax.pieces import reduction
 
 def success_rate(rewards, *, demonstration, group_size, success_threshold=0.5):
   """Fraction of each prompt's rollouts whose reward reaches the threshold, for each row. [B]."""
-  rows = advantage.in_groups(rewards, group_size, at_least=2)
+  rows = masking.in_groups(rewards, group_size, at_least=2)
   rollouts = ~demonstration.reshape(rows.shape)
   correct = (rollouts & (rows >= success_threshold)).sum(axis=1, keepdims=True)
   rate = correct / jnp.maximum(rollouts.sum(axis=1, keepdims=True), 1)

@@ -23,7 +23,7 @@ def best_and_worst(rewards, *, group_size):
     chosen and rejected [P] int32, row numbers of the batch (the first of equals), and differ [P]
     bool, False for a group that gives no pair. Source: arXiv:2402.04792.
   """
-  groups = advantage.in_groups(rewards, group_size, at_least=2)
+  groups = masking.in_groups(rewards, group_size, at_least=2)
   first = jnp.arange(groups.shape[0]) * group_size
   chosen = first + jnp.argmax(jnp.where(jnp.isnan(groups), -jnp.inf, groups), axis=1)
   rejected = first + jnp.argmin(jnp.where(jnp.isnan(groups), jnp.inf, groups), axis=1)

@@ -56,22 +56,32 @@ def clipped_surrogate(log_probs, old_log_probs, advantages, loss_mask, *, clip_l
 
 
 def clipped_ratio_loss(log_probs, ratio, advantages, loss_mask, *, clip_low, clip_high, reduce,
-                       max_ratio=None, value_scale=1.0):
-  """`clipped_surrogate` for any ratio [B, T]; `value_scale` multiplies the value alone."""
+                       max_ratio=None, dropped=None, value_scale=1.0):
+  """`clipped_surrogate` for any ratio [B, T].
+
+  Args:
+    dropped: None, or [B, T] bool; tokens that neither push nor count in the value.
+    value_scale: multiplies the value alone.
+    The others: see `clipped_surrogate`.
+  """
   stable = stabilization.clip_mask(ratio, advantages, low=clip_low, high=clip_high)
   bounded = stabilization.clipped_ratio(ratio, stable, low=clip_low, high=clip_high)
   if max_ratio is not None:
     stable &= stabilization.dual_clip_mask(ratio, advantages, max_ratio=max_ratio)
-    bounded = jnp.where(advantages < 0, denominator.truncated(bounded, max_ratio=max_ratio), bounded)
+    capped = denominator.truncated(bounded, max_ratio=max_ratio)
+    bounded = jnp.where(advantages < 0, capped, bounded)
+  value = bounded * advantages * value_scale
+  if dropped is not None:
+    stable &= ~dropped
+    value = jnp.where(dropped, 0.0, value)
   loss, metrics = likelihood.weighted_loss(
-      log_probs, loss_mask, advantages=advantages, ratio=ratio, stable=stable,
-      value=bounded * advantages * value_scale, reduce=reduce)
+      log_probs, loss_mask, advantages=advantages, ratio=ratio, stable=stable, value=value,
+      reduce=reduce)
   fraction = lambda mask: reduction.token_mean(mask.astype(log_probs.dtype), loss_mask)
-  metrics['clip_ratio/low_mean'] = fraction(
-      stabilization.clipped_low(ratio, advantages, low=clip_low))
-  metrics['clip_ratio/high_mean'] = fraction(
-      stabilization.clipped_high(ratio, advantages, high=clip_high))
-  metrics['clip_ratio/region_mean'] = metrics['clip_ratio/low_mean'] + metrics['clip_ratio/high_mean']
+  low = fraction(stabilization.clipped_low(ratio, advantages, low=clip_low))
+  high = fraction(stabilization.clipped_high(ratio, advantages, high=clip_high))
+  metrics.update({'clip_ratio/low_mean': low, 'clip_ratio/high_mean': high,
+                  'clip_ratio/region_mean': low + high})
   return loss, metrics
 
 
@@ -272,15 +282,15 @@ def clip_cov_loss(log_probs, *, old_log_probs, advantages, loss_mask, key, clip_
   lottery = jnp.where(candidates, jax.random.uniform(key, ratio.shape, ratio.dtype), -jnp.inf)
   dropped = stabilization.largest(lottery, loss_mask, fraction=fraction)
   return clipped_ratio_loss(
-      log_probs, ratio, jnp.where(dropped, 0.0, advantages), loss_mask, clip_low=clip_low,
-      clip_high=clip_high, reduce=reduction.token_mean)
+      log_probs, ratio, advantages, loss_mask, clip_low=clip_low, clip_high=clip_high,
+      reduce=reduction.token_mean, dropped=dropped)
 
 
 def kl_cov_loss(log_probs, *, old_log_probs, advantages, loss_mask, penalty_coefficient=1.0,
                 fraction=2e-4):
-  """KL-Cov: no clip; the tokens of highest covariance pay penalty_coefficient · |log π - log π_old|.
+  """KL-Cov: no clip; the tokens of highest covariance pay c · |log π - log π_old|.
 
-  max(1, floor(fraction · tokens)) tokens pay. Source: arXiv:2505.22617, eq. 12.
+  max(1, floor(fraction · tokens)) tokens pay; c is `penalty_coefficient`. Source: arXiv:2505.22617, eq. 12.
   """
   masking.non_negative(penalty_coefficient=penalty_coefficient)
   log_probs, old_log_probs = masking.clean(

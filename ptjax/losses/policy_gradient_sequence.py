@@ -142,7 +142,7 @@ def rebel_loss(log_probs, *, old_log_probs, rewards, loss_mask, eta=1.0):
   log_probs, old_log_probs = masking.clean(
       loss_mask, log_probs=log_probs, old_log_probs=old_log_probs)
   scores = (log_probs - old_log_probs).sum(axis=1)  # [B] nats
-  advantage.in_groups(rewards, 2)
+  masking.in_groups(rewards, 2)
   partner = jnp.arange(rewards.size) ^ 1  # 2p <-> 2p + 1
   residual = (rewards - rewards[partner]) - (scores - scores[partner]) / eta  # [B], signed
   counts = loss_mask.sum(axis=1).astype(log_probs.dtype)

@@ -28,20 +28,6 @@ def per_token(advantages, loss_mask, dtype=jnp.float32):
   return jnp.where(loss_mask, jnp.broadcast_to(advantages, loss_mask.shape), 0.0)
 
 
-def in_groups(rewards, group_size, *, at_least=1):
-  """Reshapes [B] to [B / group_size, group_size]; `at_least` is the size a baseline needs."""
-  chex.assert_rank(rewards, 1)
-  if group_size < at_least:
-    raise ValueError(
-        f'group_size={group_size} leaves no other completion to compare with, and this advantage '
-        f'needs at least {at_least}; set rollout.group_size={at_least} or more.')
-  if rewards.shape[0] % group_size:
-    raise ValueError(
-        f'{rewards.shape[0]} completions do not split into groups of group_size={group_size}; '
-        'set rollout.group_size to a divisor, or rollout.num_prompts so that it divides.')
-  return rewards.reshape(-1, group_size)
-
-
 def _mean(groups):
   scored = ~jnp.isnan(groups)
   total = groups.sum(axis=1, keepdims=True, where=scored)
@@ -84,7 +70,7 @@ def given(rewards):
 
 def group_centred(rewards, *, group_size):
   """Reward minus its group's mean. [B]. Source: Dr. GRPO, arXiv:2503.20783."""
-  return _centred(in_groups(rewards, group_size, at_least=2)).reshape(-1)
+  return _centred(masking.in_groups(rewards, group_size, at_least=2)).reshape(-1)
 
 
 def group_normalized(rewards, *, group_size, epsilon=1e-4):
@@ -92,7 +78,7 @@ def group_normalized(rewards, *, group_size, epsilon=1e-4):
 
   Source: GRPO, arXiv:2402.03300; `epsilon` 1e-4 is TRL's, verl takes 1e-6, oxRL 1e-8.
   """
-  groups = in_groups(rewards, group_size, at_least=2)
+  groups = masking.in_groups(rewards, group_size, at_least=2)
   return (_centred(groups) / (_std(groups) + epsilon)).reshape(-1)
 
 
@@ -117,7 +103,7 @@ def whitened_group_centred(rewards, *, loss_mask, group_size):
 
 def leave_one_out(rewards, *, group_size):
   """Reward minus the mean of the group's others. [B]. Source: RLOO, arXiv:2402.14740."""
-  groups = in_groups(rewards, group_size, at_least=2)
+  groups = masking.in_groups(rewards, group_size, at_least=2)
   scored = (~jnp.isnan(groups)).sum(axis=1, keepdims=True).astype(rewards.dtype)
   return (_centred(groups) * scored / jnp.maximum(scored - 1.0, 1.0)).reshape(-1)
 
@@ -130,7 +116,7 @@ def batch_normalized(rewards, *, group_size, epsilon=1e-4):
 
 def optimal_length_baseline(rewards, *, loss_mask, group_size):
   """Reward minus its group's length-weighted mean reward. [B]. Source: OPO, arXiv:2505.23585."""
-  groups = in_groups(rewards, group_size, at_least=2)
+  groups = masking.in_groups(rewards, group_size, at_least=2)
   scored = ~jnp.isnan(groups)
   weights = jnp.where(scored, masking.lengths(loss_mask, rewards.dtype).reshape(groups.shape), 0.0)
   total = (weights * groups).sum(axis=1, keepdims=True, where=scored)
@@ -139,7 +125,7 @@ def optimal_length_baseline(rewards, *, loss_mask, group_size):
 
 def informative_groups(rewards, *, group_size):
   """False for groups whose rewards are all equal, which teach nothing; DAPO resamples them. [P]."""
-  return ~_tied(in_groups(rewards, group_size))[:, 0]
+  return ~_tied(masking.in_groups(rewards, group_size))[:, 0]
 
 
 def informative_group_scaled(rewards, *, group_size):
@@ -157,7 +143,7 @@ def pass_at_k(rewards, *, group_size, epsilon=1e-6):
 
   Of several best ones none stands out, and the group gets 0. Source: arXiv:2503.19595.
   """
-  groups = in_groups(rewards, group_size, at_least=2)
+  groups = masking.in_groups(rewards, group_size, at_least=2)
   ordered = jnp.sort(jnp.where(jnp.isnan(groups), -jnp.inf, groups), axis=1)
   gain = (ordered[:, -1:] - ordered[:, -2:-1]) / (_std(groups) + epsilon)
   return jnp.where((groups == ordered[:, -1:]) & ~_tied(groups), gain, 0.0).reshape(-1)

@@ -50,3 +50,16 @@ def non_negative(**coefficients):
   for name, value in coefficients.items():
     if value < 0:
       raise ValueError(f'{name}={value} must not be negative; use 0 to switch the term off.')
+
+
+def in_groups(rewards, group_size, *, at_least=1):
+  """Reshapes [B] to [B / group_size, group_size]; `at_least` is the size a baseline needs."""
+  if group_size < at_least:
+    raise ValueError(
+        f'group_size={group_size} leaves no other completion to compare with, and this advantage '
+        f'needs at least {at_least}; set rollout.group_size={at_least} or more.')
+  if rewards.shape[0] % group_size:
+    raise ValueError(
+        f'{rewards.shape[0]} completions do not split into groups of group_size={group_size}; '
+        'set rollout.group_size to a divisor, or rollout.num_prompts so that it divides.')
+  return rewards.reshape(-1, group_size)

@@ -153,7 +153,7 @@ def optimal_token_baseline(rewards, *, group_size, loss_mask, old_log_probs,
   size = jnp.where(loss_mask, 1.0 - 2.0 * jnp.exp(old_log_probs) + squared, 0.0)
   weights = jnp.where(loss_mask, jnp.cumsum(size, axis=1), 0.0)
   gain = to_go(token_rewards(rewards, loss_mask), loss_mask, discount=discount)
-  grouped = lambda x: x.reshape(-1, group_size, x.shape[1])  # group_size divides, rollouts saw to it
+  grouped = lambda x: x.reshape(*masking.in_groups(rewards, group_size).shape, -1)
   total = grouped(weights).sum(axis=1, keepdims=True)
   baseline = grouped(weights * gain).sum(axis=1, keepdims=True) / jnp.where(total > 0, total, 1.0)
   return jnp.where(loss_mask, (grouped(gain) - baseline).reshape(gain.shape), 0.0)

@@ -188,7 +188,7 @@ def test_golden_values(golden):
 
 
 def test_extreme_ratios_push_only_where_they_may():
-  """Past the clip nothing pushes the way Â already pushed; against it, as hard as the clamp lets."""
+  """Past the clip nothing pushes on; against Â, as hard as the clamp of the ratio lets."""
   above, below = cases.extreme_arrays(+1), cases.extreme_arrays(-1)
   encouraged = above['loss_mask'] & (above['advantages'][:, None] > 0)
   discouraged = above['loss_mask'] & (above['advantages'][:, None] < 0)

@@ -357,7 +357,11 @@ def _from_file(name):
     raise config.UserError(f'algo {name!r}: no file {path}; expected path/to/file.py:function')
   spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise config.UserError(
+        f'algo {name!r}: {path} does not load: {type(error).__name__}: {error}') from error
   if not hasattr(module, attribute):
     public = [key for key, value in vars(module).items() if callable(value) and key[0] != '_']
     raise config.UserError(

@@ -1,0 +1,323 @@
+"""The table: every row complete and proved, looked up by name, file or modifier, and light."""
+
+import inspect
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ptjax import algorithms
+from ptjax import config
+from ptjax.losses import modifiers
+from ptjax.losses import policy_gradient
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE / 'losses'))
+import policy_gradient_cases
+import preference_cases
+
+ROWS = list(algorithms.TABLE.values())
+every_row = pytest.mark.parametrize('row', ROWS, ids=[row.name for row in ROWS])
+
+# Section 3 of the specification: the 51 names of arXiv:2603.19335, and what lies beyond.
+THE_51 = '''sgrpo gspo cispo ppo rlhf rlaif sft dpo orpo kto cpt kd reward_bt online_dpo rft spin ipo
+  simpo cpo alphapo rdpo cdpo spo dpnll minor_dpo c2dpo alpha_dpo aot_unpaired apo_zero bco betadpo
+  bpo caldpo chipo cposimpo discopop dpop dposhift drdpo exo fdpo focalpo gpo hdpo hinge nca odpo
+  robust_dpo sampo sppo wpo'''.split()
+EXTRAS = '''dft seqkd gkd opd iw_opd sdft sdpo ssd reinforce reinforce_pp reinforce_pp_baseline rloo
+  ppo_dual_clip grpo dr_grpo bnpo dapo gspo_token sapo luspo vespo gmpo remax gpg opo clip_cov kl_cov
+  pass_at_k a_star_po rebel nash_md xpo gdpo sigmoid_norm slic_hf ld_dpo step_dpo tr_dpo aot sppo_soft
+  apo_down rpo mpo tpo mdpo bco_pair hpt hpt_off hpt_mix luffy srft sft_then_grpo reward_margin
+  reward_centred reward_kwise orm prm preference_model math_shepherd kto_oxrl ipo_oxrl simpo_oxrl
+  alphapo_oxrl rdpo_oxrl robust_dpo_oxrl focalpo_oxrl odpo_oxrl betadpo_oxrl cispo_oxrl
+  sgrpo_oxrl'''.split()
+
+
+def test_the_table_holds_every_name_of_the_specification():
+  assert len(THE_51) == 51
+  assert not set(THE_51 + EXTRAS) - set(algorithms.TABLE)
+  assert {'tis', 'mis', 'opsm', 'top_entropy', 'adaptive_entropy'} <= set(modifiers.MODIFIERS)
+  assert len(algorithms.names()) == len(ROWS) == len({row.name for row in ROWS})
+
+
+# Proof. A new row fails here until its loss and its advantage are held against a closed form.
+
+PROVED_BY_TABLE = {case.loss for case in policy_gradient_cases.CASES} | {
+    case.loss for case in preference_cases.PAIR}
+
+
+@every_row
+def test_every_loss_has_a_reference(row):
+  if row.loss in PROVED_BY_TABLE:
+    return
+  room = row.loss.__module__.rpartition('.')[2]
+  test = HERE / 'losses' / f'{"preference" if room.startswith("preference") else room}_test.py'
+  wanted = f'{room}.{row.loss.__name__}'
+  assert test.is_file() and wanted in test.read_text(), (
+      f'{row.name}: no closed form for {wanted}; add a case to tests/losses/*_cases.py with a '
+      f'reference, or a test of it to {test.name}')
+
+
+@every_row
+def test_every_advantage_is_tested(row):
+  if row.advantage is None:
+    return
+  path = row.advantage.__module__.split('.')
+  test = HERE / path[1] / f'{path[2]}_test.py'
+  assert row.advantage.__name__ in test.read_text(), (
+      f'{row.name}: {row.advantage.__name__} is not mentioned in {test}')
+
+
+@every_row
+def test_row_is_complete_and_in_style(row):
+  assert row.source and row.family
+  assert row.loss.__doc__ and (row.advantage is None or row.advantage.__doc__)
+  first, *others = inspect.signature(row.loss).parameters.values()
+  assert first.kind is first.POSITIONAL_OR_KEYWORD and first.default is first.empty
+  for parameter in others:
+    if parameter.name in ('chosen_rewards', 'rejected_rewards'):
+      continue  # reward models score two sides, both positional
+    assert parameter.kind is parameter.KEYWORD_ONLY, parameter.name
+  assert set(row.defaults) <= set(row.hyperparameters()), 'a default that nothing reads'
+  for name, value in row.hyperparameters().items():
+    assert isinstance(value, (int, float, str, type(None))), f'{name} is no hyperparameter'
+
+
+@every_row
+def test_row_asks_for_the_models_its_arrays_come_from(row):
+  """A loss that cannot do without an array names the role that produces it."""
+  arguments = inspect.signature(row.loss).parameters
+  needs = lambda name: name in arguments and arguments[name].default is inspect.Parameter.empty
+  for array, role in (('reference_log_probs', 'reference'), ('teacher_logits', 'teacher'),
+                      ('teacher_log_probs', 'teacher'), ('values', 'critic')):
+    if needs(array):
+      assert role in row.models, f'{row.name} needs {array}'
+  if row.door == 'preferences' and row.family == 'preference':
+    case = next((c for c in preference_cases.PAIR if c.loss is row.loss), None)
+    if case:
+      assert ('reference' in row.models) == case.needs_reference
+
+
+def test_models_follow_the_hyperparameters():
+  grpo = algorithms.get('grpo')
+  assert grpo.models_for({}) == ()
+  assert grpo.models_for({'kl_coefficient': 0.04}) == ('reference',)
+  assert algorithms.get('rloo').models_for({}) == ('reference',)
+  assert algorithms.get('rloo').models_for({'reward_kl_coefficient': 0.0}) == ()
+  assert algorithms.get('ppo').models_for({}) == ('reference', 'critic')
+  assert algorithms.get('kl_cov').models_for({}) == ()
+  assert algorithms.get('grpo+corrected_kl').models_for({}) == ('reference',)
+
+
+# Distinctness.
+
+SAME_GRADIENT = [  # rows that differ in data or frozen models alone, at equal hyperparameters
+    {'sft', 'cpt', 'seqkd', 'ssd'}, {'dpo', 'online_dpo', 'spin', 'tr_dpo'},
+    {'rlhf', 'rlaif'}, {'dr_grpo', 'sft_then_grpo'}, {'gspo', 'gspo_token'}]
+PROPORTIONAL = [  # the same direction, of another length
+    {'cdpo', 'robust_dpo_oxrl'},  # 1 / (1 - 2 ε)
+    {'drdpo', 'focalpo_oxrl'},  # softmax of log σ(h) is σ(h), normalised over the batch
+    {'bnpo', 'sgrpo'},  # another guard of the standard deviation
+    {'reinforce', 'gpg'}]  # B / (B - M)
+
+
+def flat_gradient_of_pairs(row, arrays):
+  case = next(c for c in preference_cases.PAIR if c.loss is row.loss)
+  hyper = {k: v for k, v in row.hyperparameters().items() if v is not None}
+  case = preference_cases.Case(case.name, case.loss, hyper, case.extras, case.state, case.draws)
+  def objective(chosen, rejected):
+    return preference_cases.call(case, {**arrays, 'chosen': chosen, 'rejected': rejected})[0]
+  return jnp.concatenate([g.ravel() for g in jax.grad(objective, (0, 1))(
+      arrays['chosen'], arrays['rejected'])])
+
+
+def flat_gradient_of_tokens(row, arrays):
+  names = inspect.signature(row.loss).parameters
+  values = row.hyperparameters()
+  values.update({'off_policy_threshold': 0.4} if row.name == 'hpt_mix' else {})
+  inputs = {n: x for n, x in arrays.items() if n != 'log_probs'}
+  if row.advantage is not None:
+    offered = {**inputs, **values, 'group_size': policy_gradient_cases.G}
+    made = row.advantage(
+        **{n: offered[n] for n in inspect.signature(row.advantage).parameters if n in offered})
+    inputs.update(made if isinstance(made, dict) else {'advantages': made})
+  inputs = {n: x for n, x in inputs.items() if n in names}
+  hyper = {k: v for k, v in values.items() if k in names}
+  hyper.update({'fraction': 0.3} if 'fraction' in names else {})  # a batch of few tokens
+  return jax.grad(lambda l: row.loss(l, **inputs, **hyper)[0])(arrays['log_probs']).ravel()
+
+
+def assert_distinct(gradients):
+  names = list(gradients)
+  matrix = np.stack([np.asarray(gradients[n], np.float64) for n in names])
+  size = np.linalg.norm(matrix, axis=1)
+  assert (size > 0).all(), [n for n, s in zip(names, size) if s == 0]
+  cosine = matrix @ matrix.T / np.outer(size, size)
+  allowed = SAME_GRADIENT + PROPORTIONAL
+  places = [[names.index(n) for n in s] for s in allowed if s <= set(names)]
+  far = [[names[i] for i in p] for p in places if cosine[np.ix_(p, p)].min() < 1 - 1e-7]
+  assert not far, f'said to be the same, and are not: {far}'
+  twins = [(a, b) for i, a in enumerate(names) for j, b in enumerate(names)
+           if i < j and cosine[i, j] > 1 - 1e-9 and not any({a, b} <= s for s in allowed)]
+  assert not twins, f'the same direction: {twins}'
+
+
+@pytest.mark.slow
+def test_preference_gradients_are_distinct():
+  rows = [r for r in ROWS if any(c.loss is r.loss for c in preference_cases.PAIR)
+          and r.name != 'step_dpo']
+  with jax.enable_x64(True):
+    arrays = preference_cases.random_arrays(4, 6)
+    arrays = {n: jnp.asarray(x) for n, x in arrays.items()}
+    assert_distinct(jax.jit(lambda a: {r.name: flat_gradient_of_pairs(r, a) for r in rows})(arrays))
+
+
+@pytest.mark.slow
+def test_policy_gradients_are_distinct():
+  whole_vocabulary = ('kd', 'gkd', 'sdft', 'sdpo')  # their gradient is in the logits
+  rows = [r for r in ROWS if next(iter(inspect.signature(r.loss).parameters)) == 'log_probs'
+          and r.name not in whole_vocabulary]
+  with jax.enable_x64(True):
+    batches = [policy_gradient_cases.random_arrays(seed) for seed in (0, 7)]
+    arrays = {n: np.concatenate([x, batches[1][n][:4]]) for n, x in batches[0].items()}
+    rng = np.random.default_rng(9)
+    arrays['log_probs'] = 3.0 * arrays['log_probs']  # covariances reach past 1
+    arrays['old_log_probs'] = arrays['log_probs'] + rng.normal(0.0, 0.7, (12, 6))
+    arrays['old_log_probs'][:, 0] = arrays['log_probs'][:, 0] - np.log(1.25)  # between two clips
+    right, wrong = 1.1, 0.2  # success rates 0, 1/3 and 2/3; the last of four is a demonstration
+    rewards = np.array([wrong] * 3 + [right] + [right] + [wrong] * 2 + [right] * 3 + [wrong, right])
+    arrays.update(
+        rewards=rewards + rng.uniform(-0.1, 0.1, 12), greedy_rewards=rng.normal(0.5, 1.0, 12),
+        optimal_values=rng.normal(0.5, 1.0, 12), reward_components=rng.normal(0.5, 1.0, (12, 2)))
+    arrays = {n: jnp.asarray(x) for n, x in arrays.items()}
+    def all_of_them(a):
+      a = {**a, 'key': jax.random.key(0)}
+      return {r.name: flat_gradient_of_tokens(r, a) for r in rows}
+    assert_distinct(jax.jit(all_of_them)(arrays))
+
+
+# Looking up.
+
+def test_unknown_names_list_the_near_ones():
+  with pytest.raises(config.UserError, match="algo 'grop' is unknown; did you mean .*grpo"):
+    algorithms.get('grop')
+  with pytest.raises(config.UserError, match="modifier 'tiss' is unknown; did you mean .*tis"):
+    algorithms.get('grpo+tiss')
+  with pytest.raises(config.UserError, match="'dpo' takes no advantages"):
+    algorithms.get('dpo+tis')
+
+
+def test_modified_row():
+  row = algorithms.get('dapo+tis+top_entropy')
+  assert row.name == 'dapo+tis+top_entropy' and row.advantage is algorithms.get('dapo').advantage
+  assert row.hyperparameters()['max_rollout_ratio'] == 2.0
+  assert {'rollout_log_probs', 'entropy'} <= set(inspect.signature(row.loss).parameters)
+
+
+USER_FILE = '''
+from ptjax import algorithms
+from ptjax.losses import policy_gradient
+from ptjax.pieces import likelihood, reduction
+
+def my_loss(log_probs, *, advantages, loss_mask, scale=2.0):
+  return likelihood.weighted_loss(
+      log_probs, loss_mask, advantages=scale * advantages, reduce=reduction.token_mean)
+
+def my_pairs(pair, *, beta=0.1):
+  return 0.0, {}
+
+def my_text(log_probs, *, loss_mask, reference_log_probs):
+  return 0.0, {}
+
+MY_ROW = algorithms.Algorithm(
+    name='mine', family='custom', loss=policy_gradient.cispo_loss, door='prompts',
+    defaults={'max_ratio': 3.0})
+NUMBER = 3
+'''
+
+
+def test_users_own_algorithm(tmp_path):
+  path = tmp_path / 'my_file.py'
+  path.write_text(USER_FILE)
+  row = algorithms.get(f'{path}:my_loss')
+  assert row.door == 'prompts' and row.advantage is not None and row.models == ()
+  assert row.hyperparameters() == {'scale': 2.0, 'epsilon': 1e-4}
+  loss, _ = row.loss(-jnp.ones((2, 3)), advantages=jnp.array([1.0, 0.0]),
+                     loss_mask=jnp.ones((2, 3), bool))
+  np.testing.assert_allclose(loss, 1.0, rtol=1e-6)
+  pairs = algorithms.get(f'{path}:my_pairs')
+  assert (pairs.door, pairs.models, pairs.advantage) == ('preferences', ('reference',), None)
+  text = algorithms.get(f'{path}:my_text')
+  assert (text.door, text.models) == ('demonstrations', ('reference',))
+  assert algorithms.get(f'{path}:MY_ROW').hyperparameters() == {'max_ratio': 3.0}
+  assert algorithms.get(f'{path}:my_loss+tis').hyperparameters()['max_rollout_ratio'] == 2.0
+
+
+def test_users_mistakes_are_named(tmp_path):
+  path = tmp_path / 'my_file.py'
+  path.write_text(USER_FILE)
+  for name, message in ((f'{tmp_path}/other.py:f', 'no file .*other.py'),
+                        (f'{path}:my_los', "has no 'my_los'; did you mean my_loss"),
+                        (f'{path}:NUMBER', 'expected a loss function or an Algorithm, got int')):
+    with pytest.raises(config.UserError, match=message):
+      algorithms.get(name)
+  broken = tmp_path / 'broken.py'
+  broken.write_text('def f(:\n')
+  with pytest.raises(config.UserError, match='broken.py.*SyntaxError'):
+    algorithms.get(f'{broken}:f')
+
+
+def test_row_rejects_what_no_launcher_knows():
+  with pytest.raises(ValueError, match="door='window', expected one of prompts"):
+    algorithms.Algorithm(name='x', family='x', loss=policy_gradient.grpo_loss, door='window')
+  with pytest.raises(ValueError, match=r"models \['oracle'\]"):
+    algorithms.Algorithm(name='x', family='x', loss=policy_gradient.grpo_loss, door='prompts',
+                         models=('oracle',))
+
+
+# Printing.
+
+def test_text_and_json_hold_every_row():
+  text = algorithms.table_text().splitlines()
+  assert text[0].split() == ['name', 'family', 'data', 'models', 'source']
+  assert [line.split()[0] for line in text[1:1 + len(ROWS)]] == list(algorithms.names())
+  assert max(map(len, text)) <= 160
+  rows = json.loads(algorithms.table_json())
+  assert [r['name'] for r in rows] == list(algorithms.names())
+  grpo = next(r for r in rows if r['name'] == 'grpo')
+  assert grpo['loss'] == 'ptjax.losses.policy_gradient.grpo_loss'
+  assert grpo['hyperparameters']['clip_low'] == 0.2
+  assert grpo['source'] == 'arXiv:2402.03300, DeepSeekMath'
+
+
+# Imports.
+
+def test_the_loss_library_loads_with_jax_and_chex_alone():
+  """Pieces, losses and the table in a fresh process: no module of any other package of ours."""
+  code = ('import sys; from ptjax import algorithms, losses, pieces; '
+          'print(*sorted({m.split(".")[0] for m in sys.modules}))')
+  loaded = set(subprocess.run(
+      [sys.executable, '-c', code], cwd=HERE.parent, check=True, capture_output=True, text=True,
+      env={'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(HERE.parent)}).stdout.split())
+  heavy = {'flax', 'optax', 'orbax', 'transformers', 'torch', 'datasets', 'tokenizers',
+           'tensorboardX', 'matplotlib', 'trl'}
+  assert not loaded & heavy
+  assert {'jax', 'chex', 'numpy'} <= loaded
+
+
+def test_pieces_and_losses_import_only_downhill():
+  allowed = {'pieces': {'pieces'}, 'losses': {'pieces', 'losses'}}
+  for room, rooms in allowed.items():
+    for path in (HERE.parent / 'ptjax' / room).glob('*.py'):
+      for line in path.read_text().splitlines():
+        if line.startswith('from ptjax'):
+          assert line.split()[1].split('.')[1] in rooms, f'{path.name}: {line}'
+        elif line.startswith(('import ', 'from ')):
+          package = line.split()[1].split('.')[0]
+          assert package in {'jax', 'chex', 'numpy'} or package in sys.stdlib_module_names, (
+              f'{path.name}: {line}')

@@ -130,34 +130,40 @@ class _Run:
     print(progress.final_table(self._folder.path))
     print('\n'.join(lines))
 
-  def _optimizer(self, plan):
-    """The stage's optimizer, its schedule, and where its state lies."""
+  def _bind(self, plan):
+    """The stage's algorithm and optimizer.
+
+    Returns:
+      (algorithm.Bound, optimizer, schedule, `init(params) -> TrainState`, the state's shardings).
+    """
+    training = self._config.training
+    per_rollout = training.mini_batches * training.epochs if plan.row.door == 'prompts' else 1
+    bound = binding.bind(plan.row, plan.hyperparameters, updates_per_rollout=per_rollout)
     shapes = hub.param_shapes(self._policy.config)
     optimizer, schedule = optimizers.make_optimizer(plan.optimizer, plan.stage.steps, shapes)
-    return optimizer, schedule, training_state.shardings(self._mesh, shapes, optimizer)
+    loss_state = training_step.initial_loss_state(bound.loss)
+    return (bound, optimizer, schedule,
+            lambda params: training_state.init(params, optimizer, loss_state),
+            training_state.shardings(self._mesh, shapes, optimizer, loss_state))
 
   def _targets(self, metadata):
     """Shapes and shardings of the state that a checkpoint with this metadata holds."""
-    optimizer, _, shardings = self._optimizer(self._plans[metadata['stage']])
-    shapes = jax.eval_shape(lambda p: training_state.init(p, optimizer),
-                            hub.param_shapes(self._policy.config))
-    return _with_shardings(shapes, shardings)
+    _, _, _, init, shardings = self._bind(self._plans[metadata['stage']])
+    return _with_shardings(
+        jax.eval_shape(init, hub.param_shapes(self._policy.config)), shardings)
 
   def _stage(self, plan, params, restored, interrupt):
     """Trains one stage, from `params` or from a restored checkpoint; returns (params, completed)."""
     stage, config = plan.stage, self._config
     online_stage = plan.row.door == 'prompts'
-    per_rollout = config.training.mini_batches * config.training.epochs if online_stage else 1
-    bound = binding.bind(plan.row, plan.hyperparameters, updates_per_rollout=per_rollout)
-    optimizer, schedule, shardings = self._optimizer(plan)
+    bound, optimizer, schedule, init, shardings = self._bind(plan)
     if restored is not None:
       state = restored.arrays
       self._counters = restored.metadata['counters']
     else:
       if params is None:
         params = self._policy.load(functools.partial(sharding.tree_sharding, self._mesh))
-      state = jax.jit(lambda p: training_state.init(p, optimizer), out_shardings=shardings,
-                      donate_argnums=0)(params)
+      state = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
       if stage.index == 0 and self._evaluate is not None:
         self._record(0, {**self._evaluate(state.params), 'stage': 'start'}, None)
     temperature = config.rollout.temperature if online_stage else 1.0
@@ -167,7 +173,7 @@ class _Run:
     if restored is not None and restored.experience is not None:
       source.restore(restored.experience, restored.metadata['pending_metrics'])
     train_step = training_step.make_train_step(
-        forward, bound.loss, optimizer, schedule=schedule, mesh=self._mesh,
+        forward, bound.loss, optimizer, schedule=schedule, seed=config.seed, mesh=self._mesh,
         micro_batches=config.training.micro_batches if plan is self._plans[-1] else 1,
         state_sharding=shardings)
 

@@ -4,6 +4,10 @@ A loss touches the model only through its outputs (`log_probs`, `entropy`). That
 micro-batching possible for any loss, also one that looks at the whole batch: first the outputs of
 all micro-batches, then the loss's gradient with respect to them, then that gradient fed back
 micro-batch by micro-batch.
+
+A loss says what it needs by the names of its arguments: model outputs, arrays of the batch, `pair`
+or `side` (types.PairLogProbs, types.SideLogProbs: preference losses), `loss_state` (a running
+statistic; it then returns the new one as a third value) and `key` (a fresh PRNG key).
 """
 
 import functools
@@ -13,7 +17,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ptjax import keys
 from ptjax import sharding
+from ptjax import types
 
 # What the policy's forward pass offers; a loss asks for one by naming a parameter so.
 MODEL_OUTPUTS = ('log_probs', 'entropy')
@@ -25,27 +31,58 @@ def required_inputs(loss):
                if p.default is inspect.Parameter.empty)
 
 
-def call(loss, outputs, batch):
-  """Calls `loss` with each array it names, from the model's outputs and the batch.
+def initial_loss_state(loss):
+  """The running statistics a loss starts with: its own default, {} if it has none."""
+  parameter = inspect.signature(loss).parameters.get('loss_state')
+  return {} if parameter is None else jax.tree.map(jnp.asarray, parameter.default)
+
+
+def attached_outputs(loss):
+  """The model outputs a loss differentiates."""
+  names = set(inspect.signature(loss).parameters)
+  if names & {'pair', 'side'}:
+    names.add('log_probs')
+  return tuple(n for n in MODEL_OUTPUTS if n in names)
+
+
+def call(loss, outputs, batch, *, loss_state=None, key=None):
+  """Calls `loss` with each argument it names.
 
   Args:
-    loss: `loss(log_probs, *, arrays..., hyperparameters...) -> (scalar, metrics)`.
+    loss: `loss(log_probs, *, arrays..., hyperparameters...) -> (scalar, metrics[, loss_state])`.
     outputs: dict of model outputs, [B, T] each.
-    batch: types.TokenBatch.
+    batch: types.TokenBatch; for `pair` its completions come as chosen, rejected, chosen, ...
+    loss_state: running statistics, None for the loss's initial ones.
+    key: PRNG key, needed by losses that draw.
+  Returns:
+    (scalar, metrics, loss_state).
   Raises:
-    ValueError: the loss names an array that neither offers.
+    ValueError: the loss names an array that is not there.
   """
-  offered = {**batch.inputs, 'loss_mask': batch.loss_mask, **outputs}
-  bound = loss.keywords if isinstance(loss, functools.partial) else {}
   names = inspect.signature(loss).parameters
+  offered = {**batch.inputs, 'loss_mask': batch.loss_mask, **outputs}
+  if loss_state is not None and 'loss_state' in names:
+    offered['loss_state'] = loss_state
+  if key is not None:
+    offered['key'] = key
+  side = types.SideLogProbs(log_probs=outputs.get('log_probs'), loss_mask=batch.loss_mask,
+                            reference_log_probs=batch.inputs.get('reference_log_probs'))
+  if 'pair' in names:
+    offered['pair'] = types.PairLogProbs(
+        chosen=jax.tree.map(lambda x: x[0::2], side),
+        rejected=jax.tree.map(lambda x: x[1::2], side))
+  if 'side' in names:
+    offered['side'] = side
+  bound = loss.keywords if isinstance(loss, functools.partial) else {}
   missing = [n for n in required_inputs(loss) if n not in offered]
   if missing:
     raise ValueError(f'the loss needs {", ".join(missing)}, but the batch offers only '
                      f'{", ".join(sorted(offered))}')
-  return loss(**{n: offered[n] for n in names if n in offered and n not in bound})
+  result = loss(**{n: offered[n] for n in names if n in offered and n not in bound})
+  return result if len(result) == 3 else (*result, loss_state)
 
 
-def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
+def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1, seed=0,
                     mesh=None, state_sharding=None):
   """Returns a compiled `(state, batch) -> (state, metrics)`; `state` is donated.
 
@@ -57,35 +94,40 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
     schedule: `step -> learning rate`, for the metrics alone.
     micro_batches: into how many parts the batch is split along prompts; the gradient does not
       depend on it.
+    seed: of the keys of losses that draw.
     mesh, state_sharding: where the state lies; batches are split over data and fsdp. Both None
       runs on the default device.
   Returns:
     The step. A loss or gradient that is not finite leaves parameters and optimizer untouched and
     counts in `state.bad_steps`.
   """
-  attached = tuple(n for n in MODEL_OUTPUTS if n in inspect.signature(loss).parameters)
+  attached = attached_outputs(loss)
+  draws = 'key' in inspect.signature(loss).parameters
 
   def outputs_of(params, batch):
     return forward(params, batch.prompt_tokens, batch.prompt_lengths, batch.tokens)
 
-  def gradients(params, batch):
+  def whole_loss(attached_values, outputs, batch, loss_state, key):
+    batch = with_old_log_probs(batch, outputs)
+    value, metrics, loss_state = call(
+        loss, {**outputs, **attached_values}, batch, loss_state=loss_state, key=key)
+    return value, (metrics, loss_state)
+
+  def gradients(params, batch, loss_state, key):
     if micro_batches == 1:
       def objective(params):
         outputs = outputs_of(params, batch)
-        loss_value, metrics = call(loss, outputs, with_old_log_probs(batch, outputs))
-        return loss_value, (metrics, outputs)
-      (loss_value, (metrics, outputs)), grads = jax.value_and_grad(
+        value, aux = whole_loss({}, outputs, batch, loss_state, key)
+        return value, (*aux, outputs)
+      (value, (metrics, loss_state, outputs)), grads = jax.value_and_grad(
           objective, has_aux=True)(params)
-      return loss_value, metrics, outputs, grads
+      return value, metrics, loss_state, outputs, grads
 
     parts = split(batch, micro_batches)
     _, outputs = jax.lax.scan(lambda _, part: (None, outputs_of(params, part)), None, parts)
     outputs = jax.tree.map(lambda x: join(x, batch), outputs)
-
-    def whole(attached_outputs):
-      return call(loss, {**outputs, **attached_outputs}, with_old_log_probs(batch, outputs))
-    (loss_value, metrics), cotangents = jax.value_and_grad(whole, has_aux=True)(
-        {n: outputs[n] for n in attached})
+    (value, (metrics, loss_state)), cotangents = jax.value_and_grad(whole_loss, has_aux=True)(
+        {n: outputs[n] for n in attached}, outputs, batch, loss_state, key)
     cotangents = split_arrays(cotangents, micro_batches, batch.prompt_lengths.shape[0])
 
     def accumulate(grads, item):
@@ -95,12 +137,14 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
       return jax.tree.map(jnp.add, grads, pull_back(cotangent)[0]), None
     grads, _ = jax.lax.scan(
         accumulate, jax.tree.map(jnp.zeros_like, params), (parts, cotangents))
-    return loss_value, metrics, outputs, grads
+    return value, metrics, loss_state, outputs, grads
 
   def train_step(state, batch):
-    loss_value, metrics, outputs, grads = gradients(state.params, batch)
+    key = keys.stream(seed, 'loss', state.step) if draws else None
+    value, metrics, loss_state, outputs, grads = gradients(
+        state.params, batch, state.loss_state, key)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss_value) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     keep = lambda new, old: jnp.where(finite, new, old)
@@ -108,8 +152,9 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
         step=state.step + 1,
         params=jax.tree.map(keep, params, state.params),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        loss_state=jax.tree.map(keep, loss_state, state.loss_state),
         bad_steps=jnp.where(finite, 0, state.bad_steps + 1))
-    metrics = {**metrics, **batch_metrics(outputs, batch), 'loss': loss_value,
+    metrics = {**metrics, **batch_metrics(outputs, batch), 'loss': value,
                'grad_norm': grad_norm, 'bad_steps': new_state.bad_steps}
     if schedule is not None:
       metrics['learning_rate'] = schedule(state.step)

@@ -171,3 +171,31 @@ def test_bound_loss_trains():
   once, _ = take_step(ratio_loss, make_batch())
   moved = lambda s: s.params['embed']['embedding'] - make_params()['embed']['embedding']
   np.testing.assert_allclose(moved(twice), 2 * moved(once), rtol=1e-4, atol=1e-6)
+
+
+def test_pairs_running_statistics_and_keys_reach_the_loss():
+  def running_loss(pair, *, loss_state=np.float32(0.0), key, rate=0.5):
+    gap = (jnp.where(pair.chosen.loss_mask, pair.chosen.log_probs, 0.0).sum(-1)
+           - jnp.where(pair.rejected.loss_mask, pair.rejected.log_probs, 0.0).sum(-1))
+    new = rate * loss_state + (1 - rate) * jax.lax.stop_gradient(gap.mean())
+    noise = jax.random.normal(key, gap.shape)
+    return -jax.nn.log_sigmoid(gap - new + 0.1 * noise).mean(), {'noise': noise[0]}, new
+  batch = make_batch()
+  optimizer = optax.sgd(0.1)
+  results = []
+  for micro_batches in (1, 4):
+    step = training_step.make_train_step(
+        forward, running_loss, optimizer, micro_batches=micro_batches, seed=5)
+    state = training_state.init(
+        make_params(), optimizer, training_step.initial_loss_state(running_loss))
+    seen = []
+    for _ in range(2):
+      state, metrics = step(state, training_step.place(batch, None))
+      seen.append((float(state.loss_state), float(metrics['noise'])))
+    results.append(seen)
+  assert results[0][0][0] != results[0][1][0] and results[0][0][1] != results[0][1][1]
+  np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
+  log_probs = forward(make_params(), batch.prompt_tokens, batch.prompt_lengths,
+                      batch.tokens)['log_probs']
+  sums = jnp.where(batch.loss_mask, log_probs, 0.0).sum(-1)
+  np.testing.assert_allclose(results[0][0][0], 0.5 * (sums[0::2] - sums[1::2]).mean(), rtol=1e-5)

@@ -55,7 +55,6 @@ def score(config, params, hidden, tokens, *, temperature=1.0, with_entropy=True,
     chunk = max(1, _CHUNK_POSITIONS // b)
   count = -(-t // chunk)
   chunk = -(-t // count)  # as even as can be
-  tokens = jnp.clip(tokens, 0, config.vocab_size - 1)
 
   def chunks(x):  # [B, T, ...] -> [count, B, chunk, ...]
     widths = [(0, 0), (0, count * chunk - t)] + [(0, 0)] * (x.ndim - 2)
@@ -93,7 +92,7 @@ def _scores(logits, tokens, with_entropy):
   logits = logits - lax.stop_gradient(logits.max(-1, keepdims=True))
   log_total = jnp.log(jnp.exp(logits).sum(-1))
   # A comparison instead of a gather: it stays local where the vocabulary is split over devices,
-  # and its gradient is elementwise, not a scatter.
+  # its gradient is elementwise, not a scatter, and an id out of range hits nothing.
   hit = tokens[..., None] == jnp.arange(logits.shape[-1])[None, None]
   scores = {'log_probs': jnp.sum(logits, axis=-1, where=hit) - log_total}
   if with_entropy:

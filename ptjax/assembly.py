@@ -93,7 +93,8 @@ def use_compile_cache(folder):
   if folder == 'auto':
     folder = os.path.join(os.path.expanduser('~'), '.cache', 'ptjax', 'xla')
   jax.config.update('jax_compilation_cache_dir', folder)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  # The many small programs of a start add up to as much as the few large ones.
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 def load_policy(config):
@@ -227,7 +228,8 @@ def load_data(config, plans, policy):
           rows, policy.tokenizer, batch_size=plan.batch_size, end_ids=policy.stop_ids,
           max_completion_tokens=config.rollout.max_completion_tokens, **limits)
       doors[plan.stage.index], intake = door, door.intake
-    logging.info('%s: %s', plan.stage.name, intake)
+    say = logging.warning if intake.dropped or intake.truncated else logging.info
+    say('%s: %s', plan.stage.name, intake)
   task = task_of(config.dataset, rows)
   if prompts is not None:
     specs = config.reward or combine.default_specs(task)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from ptjax.losses import terms
 from ptjax.pieces import advantage
+from ptjax.pieces import bounds
 from ptjax.pieces import denominator
 from ptjax.pieces import likelihood
 from ptjax.pieces import masking
@@ -69,7 +70,8 @@ def gate(rewards, *, demonstration, group_size, threshold=0.0, off_policy_thresh
 def _imitation(log_probs, rows, loss_mask, weights):
   """Mean over the tokens of `rows` [B] of -weights · log π; ratio 1."""
   return likelihood.weighted_loss(
-      log_probs, loss_mask & rows[:, None], advantages=weights, reduce=reduction.token_mean)
+      log_probs, loss_mask & rows[:, None], advantages=weights, reduce=reduction.token_mean,
+      name='imitation')
 
 
 def _from_rollouts(log_probs, old_log_probs, advantages, rows, loss_mask, reduce):
@@ -81,7 +83,7 @@ def _from_rollouts(log_probs, old_log_probs, advantages, rows, loss_mask, reduce
   advantages = advantage.per_token(advantages, loss_mask, log_probs.dtype)
   return likelihood.weighted_loss(
       log_probs, loss_mask, advantages=advantages, ratio=ratio, value=ratio * advantages,
-      reduce=reduce)
+      reduce=reduce, name='rollouts')
 
 
 def _shaped(log_probs, advantages, rows, loss_mask, reduce, shaping):
@@ -89,6 +91,7 @@ def _shaped(log_probs, advantages, rows, loss_mask, reduce, shaping):
 
   The slope f'(π) = γ / (π + γ)² gates the ratio, π itself.
   """
+  bounds.positive(shaping=shaping)
   loss_mask = loss_mask & rows[:, None]
   log_probs = masking.clean(loss_mask, log_probs=log_probs)
   probability = denominator.unit(log_probs)
@@ -96,7 +99,7 @@ def _shaped(log_probs, advantages, rows, loss_mask, reduce, shaping):
   return likelihood.weighted_loss(
       log_probs, loss_mask, advantages=advantages, ratio=probability,
       stable=shaping / jnp.square(probability + shaping),
-      value=probability / (probability + shaping) * advantages, reduce=reduce)
+      value=probability / (probability + shaping) * advantages, reduce=reduce, name='off_policy')
 
 
 def _per_rollout(rows, max_completion_tokens):
@@ -199,5 +202,5 @@ def srft_loss(log_probs, *, advantages, rewards, demonstration, loss_mask, entro
           log_probs, demonstration, loss_mask, sft_coefficient * jnp.exp(-mean_entropy))),
       ('rollouts', likelihood.weighted_loss(
           log_probs, loss_mask & ~demonstration[:, None], advantages=rollout_weights,
-          reduce=reduce)),
+          reduce=reduce, name='rollouts')),
       ('off_policy', _shaped(log_probs, advantages, demonstration, loss_mask, reduce, shaping)))

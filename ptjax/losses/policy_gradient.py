@@ -306,5 +306,5 @@ def kl_cov_loss(log_probs, *, old_log_probs, advantages, loss_mask, penalty_coef
   penalty, _ = likelihood.weighted_loss(
       log_probs, loss_mask, stable=paying, advantages=-penalty_coefficient * jnp.sign(log_ratio),
       value=jnp.where(paying, -penalty_coefficient * jnp.abs(log_ratio), 0.0),
-      reduce=reduction.token_mean)
+      reduce=reduction.token_mean, name='kl')
   return loss + penalty, metrics

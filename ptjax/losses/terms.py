@@ -49,7 +49,7 @@ def kl_penalty(log_probs, reference_log_probs, loss_mask, *, kl_coefficient, red
   penalty, advantages = ESTIMATORS[estimator](log_probs, reference_log_probs)
   term, _ = likelihood.weighted_loss(
       log_probs, loss_mask, advantages=kl_coefficient * advantages,
-      value=-kl_coefficient * penalty, reduce=reduce)
+      value=-kl_coefficient * penalty, reduce=reduce, name='kl')
   return term, {'kl': jax.lax.stop_gradient(reduction.token_mean(penalty, loss_mask))}
 
 
@@ -68,7 +68,7 @@ def corrected_kl_penalty(log_probs, old_log_probs, reference_log_probs, loss_mas
   penalty = ratio * divergence.k3(log_probs, reference_log_probs)
   term, _ = likelihood.weighted_loss(
       log_probs, loss_mask, ratio=ratio, value=-kl_coefficient * penalty, reduce=reduce,
-      advantages=-kl_coefficient * divergence.k1(log_probs, reference_log_probs))
+      advantages=-kl_coefficient * divergence.k1(log_probs, reference_log_probs), name='kl')
   return term, {'kl': jax.lax.stop_gradient(reduction.token_mean(penalty, loss_mask))}
 
 

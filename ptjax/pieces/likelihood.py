@@ -15,11 +15,12 @@ from ptjax.pieces import advantage
 from ptjax.pieces import masking
 from ptjax.pieces import reduction
 
-# The list that `pieces_of` collects in, None outside it; no result depends on it.
+# What `pieces_of` collects in, None outside it; no result depends on it.
 _RECORD = contextvars.ContextVar('record', default=None)
 
 
-def weighted_loss(log_probs, loss_mask, *, advantages, ratio=None, stable=None, value=None, reduce):
+def weighted_loss(log_probs, loss_mask, *, advantages, ratio=None, stable=None, value=None, reduce,
+                  name='policy'):
   """Composes the four pieces into a loss, `-reduce(sg(stable · ratio · Â) · log π)`.
 
   The gradient is exact, -∂loss/∂log_probs = stable · ratio · Â · (the reduction's factor). The
@@ -33,6 +34,7 @@ def weighted_loss(log_probs, loss_mask, *, advantages, ratio=None, stable=None, 
     stable: [B, T] bool, or a soft gate of floats; None keeps all.
     value: [B, T]; the objective to report, e.g. min(ρÂ, clip(ρ)Â). None reports weight · log π.
     reduce: `(values [B, T], loss_mask) -> scalar`, see `reduction`.
+    name: what `pieces_of` calls this part of a loss that has several.
   Returns:
     Scalar loss, and the metrics `pieces/...` of the pieces given. `pieces_of` finds the pieces
     again in any loss composed so.
@@ -50,15 +52,16 @@ def weighted_loss(log_probs, loss_mask, *, advantages, ratio=None, stable=None, 
     pieces['stable'] = stable.astype(log_probs.dtype)
     metrics['pieces/mask_fraction'] = reduction.token_mean(1.0 - pieces['stable'], loss_mask)
   weights = jax.lax.stop_gradient(functools.reduce(jnp.multiply, pieces.values()))
+  probe = 0.0
   if (record := _RECORD.get()) is not None:
     pieces['reduction'] = jax.grad(reduce)(jnp.zeros_like(log_probs), loss_mask)
-    record.append(jax.lax.stop_gradient(pieces))
+    probe = record.add(name, jax.lax.stop_gradient(pieces))
   if value is None:
     objective = weights * log_probs
   else:
     objective = weights * (log_probs - jax.lax.stop_gradient(log_probs))
     objective = objective + jax.lax.stop_gradient(value)
-  return -reduce(objective, loss_mask), jax.lax.stop_gradient(metrics)
+  return probe - reduce(objective, loss_mask), jax.lax.stop_gradient(metrics)
 
 
 def pieces_of(loss, *args, **kwargs):
@@ -68,15 +71,43 @@ def pieces_of(loss, *args, **kwargs):
   -∂loss/∂log_probs, terms over the whole vocabulary aside.
 
   Args:
-    loss: any function that calls `weighted_loss`, once or more, outside a `jit` of its own.
+    loss: any function that calls `weighted_loss`, once or more, outside a `jit` of its own, and
+      returns a scalar or a tuple that begins with one.
   Returns:
-    A list of dicts, one per call in order, of [B, T] arrays: `advantages`, `reduction` (the factor
-    the reduction puts on a token), and `ratio` and `stable` where the call has them.
+    A dict from the name of each call to its pieces, a dict of [B, T] arrays: `advantages`,
+    `reduction` (the factor the reduction, and the coefficient of the part in the loss, put on a
+    token), and `ratio` and `stable` where the call has them. A name used again gets a number.
   """
-  record = []
-  token = _RECORD.set(record)
-  try:
-    loss(*args, **kwargs)
-  finally:
-    _RECORD.reset(token)
-  return record
+  def recorded(probes):
+    record = _Record(probes)
+    token = _RECORD.set(record)
+    try:
+      result = loss(*args, **kwargs)
+    finally:
+      _RECORD.reset(token)
+    return result[0] if isinstance(result, tuple) else result, record.parts
+
+  shapes = jax.eval_shape(lambda: recorded({})[1])
+  probes = {name: jnp.zeros((), part['reduction'].dtype) for name, part in shapes.items()}
+  if not probes:
+    return {}
+  coefficients, parts = jax.grad(recorded, has_aux=True)(probes)
+  return {name: {**part, 'reduction': part['reduction'] * coefficients[name]}
+          for name, part in parts.items()}
+
+
+class _Record:
+  """The parts of a loss by name, and a zero added to each one's value.
+
+  The derivative of the whole by that zero is the coefficient of the part in it.
+  """
+
+  def __init__(self, probes):
+    self.parts = {}
+    self._probes = probes
+
+  def add(self, name, pieces):
+    count = 1 + sum(known.partition(' ')[0] == name for known in self.parts)
+    name = name if count == 1 else f'{name} {count}'
+    self.parts[name] = pieces
+    return self._probes.get(name, 0.0)

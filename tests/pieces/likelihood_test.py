@@ -62,12 +62,13 @@ def test_pieces_of_a_users_loss_multiply_to_its_gradient():
         stable=STABLE, reduce=reduction.sequence_mean)
     imitate, _ = likelihood.weighted_loss(
         log_probs, loss_mask, advantages=0.1, reduce=reduction.sequence_sum)
-    return push + imitate, metrics
+    return push + 0.3 * imitate, metrics
   bound = functools.partial(my_loss, old_log_probs=RATIO, advantages=ADVANTAGES, loss_mask=MASK)
   parts = likelihood.pieces_of(bound, jnp.asarray(LOG_PROBS))
-  assert [set(p) for p in parts] == [
-      {'advantages', 'ratio', 'stable', 'reduction'}, {'advantages', 'reduction'}]
-  weights = sum(functools.reduce(np.multiply, p.values()) for p in parts)
+  assert {name: set(part) for name, part in parts.items()} == {
+      'policy': {'advantages', 'ratio', 'stable', 'reduction'},
+      'policy 2': {'advantages', 'reduction'}}
+  weights = sum(functools.reduce(np.multiply, p.values()) for p in parts.values())
   grad = jax.grad(lambda l: bound(l)[0])(jnp.asarray(LOG_PROBS))
   np.testing.assert_allclose(-grad, weights, rtol=1e-5, atol=1e-7)
   assert not likelihood.pieces_of(lambda: None)  # nothing is left over from the call before

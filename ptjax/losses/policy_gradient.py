@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from ptjax.losses import terms
 from ptjax.pieces import advantage
+from ptjax.pieces import bounds
 from ptjax.pieces import denominator
 from ptjax.pieces import likelihood
 from ptjax.pieces import masking
@@ -64,6 +65,7 @@ def clipped_ratio_loss(log_probs, ratio, advantages, loss_mask, *, clip_low, cli
     value_scale: multiplies the value alone.
     The others: see `clipped_surrogate`.
   """
+  masking.non_negative(clip_low=clip_low, clip_high=clip_high)
   stable = stabilization.clip_mask(ratio, advantages, low=clip_low, high=clip_high)
   bounded = stabilization.clipped_ratio(ratio, stable, low=clip_low, high=clip_high)
   if max_ratio is not None:
@@ -151,6 +153,7 @@ def cispo_loss(log_probs, *, old_log_probs, advantages, loss_mask, max_ratio=5.0
   `max_ratio` is an absolute cap on the ratio, without a lower bound. Source: MiniMax-M1,
   arXiv:2506.13585, eq. 4; the cap of 5 is ScaleRL's, arXiv:2510.13786.
   """
+  bounds.positive(max_ratio=max_ratio)
   log_probs, old_log_probs = masking.clean(
       loss_mask, log_probs=log_probs, old_log_probs=old_log_probs)
   ratio = denominator.truncated(denominator.old(log_probs, old_log_probs), max_ratio=max_ratio)
@@ -251,6 +254,8 @@ def sapo_loss(log_probs, *, old_log_probs, advantages, loss_mask, temperature_po
 
   Source: arXiv:2511.20347, eq. 5.
   """
+  bounds.positive(temperature_positive=temperature_positive,
+                  temperature_negative=temperature_negative)
   log_probs, old_log_probs = masking.clean(
       loss_mask, log_probs=log_probs, old_log_probs=old_log_probs)
   advantages = advantage.per_token(advantages, loss_mask, log_probs.dtype)

@@ -99,6 +99,7 @@ def gmpo_loss(log_probs, *, old_log_probs, advantages, loss_mask, log_clip=0.4):
 
   `log_clip` is in nats, either way. Source: arXiv:2507.20673, eq. 6.
   """
+  masking.non_negative(log_clip=log_clip)
   log_probs, old_log_probs, advantages = _clean(log_probs, old_log_probs, advantages, loss_mask)
   log_ratio = log_probs - old_log_probs
   stable = ~(((advantages > 0) & (log_ratio > log_clip))
@@ -117,6 +118,7 @@ def a_star_po_loss(log_probs, *, reference_log_probs, advantages, loss_mask, bet
   the advantage is 2β (Â - β s). `advantages` [B] are `advantage.minus_optimal_value`. Source:
   arXiv:2505.20686, eq. 4; β is the paper's β₂.
   """
+  bounds.positive(beta=beta)
   log_probs, reference_log_probs, advantages = _clean(
       log_probs, reference_log_probs, advantages, loss_mask)
   log_ratio = (log_probs - reference_log_probs).sum(axis=1, keepdims=True)

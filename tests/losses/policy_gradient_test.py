@@ -281,6 +281,10 @@ def test_bad_hyperparameters_and_shapes_are_named():
       (policy_gradient.grpo_loss, {'advantages': np.zeros(3)}, r'advantages have shape \(3,\)'),
       (policy_gradient.grpo_loss, {'loss_mask': np.ones((8, 6))}, r'loss_mask is float64\[8, 6\]'),
       (policy_gradient_sequence.gspo_loss, {'advantages': np.zeros((8, 6))}, 'one per sequence'),
+      (policy_gradient.grpo_loss, {'clip_low': -0.1}, 'clip_low=-0.1'),
+      (policy_gradient.cispo_loss, {'max_ratio': 0.0}, 'max_ratio=0.0'),
+      (policy_gradient.sapo_loss, {'temperature_negative': 0.0}, 'temperature_negative=0.0'),
+      (policy_gradient_sequence.gmpo_loss, {'log_clip': -0.4}, 'log_clip=-0.4'),
       (policy_gradient.kl_cov_loss, {'penalty_coefficient': -1.0}, 'penalty_coefficient=-1.0')]
   for loss, change, message in bad:
     with pytest.raises(ValueError, match=message):

@@ -94,10 +94,18 @@ def test_off_policy_mask_drops_discouraged_drifted_sequences():
   np.testing.assert_array_equal(keep[:, 0], [False, True, True])
 
 
-def test_top_entropy_mask_takes_the_quantile_of_the_mask_alone():
-  entropy = jnp.array([[0.1, 0.9, jnp.nan], [0.5, 0.7, 0.3]])
-  mask = jnp.array([[True, True, False], [True, True, True]])
-  got = stabilization.top_entropy_mask(entropy, mask, fraction=0.4)
-  threshold = np.quantile([0.1, 0.9, 0.5, 0.7, 0.3], 0.6)
-  np.testing.assert_array_equal(got, np.nan_to_num(np.asarray(entropy)) >= threshold)
-  assert got.sum() == 2
+@pytest.mark.parametrize('fraction', [0.05, 0.2, 0.4, 1.0])
+def test_top_entropy_mask_takes_the_quantile_of_the_mask_alone(fraction):
+  rng = np.random.default_rng(0)
+  mask = jnp.asarray(rng.random((7, 9)) < 0.7)
+  entropy = rng.exponential(size=(7, 9)).astype(np.float32)
+  entropy[0] = np.round(entropy[0])  # ties, and zeros
+  got = jax.jit(lambda e: stabilization.top_entropy_mask(e, mask, fraction=fraction))(
+      np.where(mask, entropy, np.nan))
+  threshold = np.quantile(entropy[mask].astype(np.float64), 1.0 - fraction)
+  np.testing.assert_array_equal(got, mask & (entropy >= threshold))
+
+
+def test_top_entropy_of_nothing_is_nothing():
+  nothing = jnp.zeros((2, 3), bool)
+  assert not stabilization.top_entropy_mask(jnp.ones((2, 3)), nothing, fraction=0.2).any()

@@ -171,7 +171,8 @@ def tpo_loss(pair, *, demonstration_log_probs, demonstration_loss_mask, beta=0.0
   return preference_score.with_nll(
       preference_score.contrast(
           pair, beta=beta, variant=variant, label_smoothing=label_smoothing),
-      _demonstration(pair.chosen, demonstration_log_probs, demonstration_loss_mask), nll_coefficient)
+      _demonstration(pair.chosen, demonstration_log_probs, demonstration_loss_mask),
+      nll_coefficient)
 
 
 def tpo_l_loss(pair, *, demonstration_log_probs, demonstration_loss_mask, beta=0.01, margin=0.5,
@@ -179,7 +180,8 @@ def tpo_l_loss(pair, *, demonstration_log_probs, demonstration_loss_mask, beta=0
   """TPO-L: SimPO's contrast plus a NLL(gold). Arguments and source as `tpo_loss`; γ is `margin`."""
   return preference_score.with_nll(
       preference_score.simpo_loss(pair, beta=beta, margin=margin),
-      _demonstration(pair.chosen, demonstration_log_probs, demonstration_loss_mask), nll_coefficient)
+      _demonstration(pair.chosen, demonstration_log_probs, demonstration_loss_mask),
+      nll_coefficient)
 
 
 def mdpo_loss(pair, *, corrupted_log_probs=None, corrupted_reference_log_probs=None, beta=0.1,

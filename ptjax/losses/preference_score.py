@@ -240,16 +240,6 @@ def dposhift_loss(pair, *, beta=0.1, rejected_coefficient=0.5):
   return losses.mean(), score.pair_metrics(pair, beta * chosen, beta * rejected)
 
 
-def _shaped(pair, beta, shape, clip=None):
-  """mean -log σ(clip(beta (shape(s_w) - shape(s_l)))), the stem of f-DPO and χPO."""
-  bounds.positive(beta=beta)
-  chosen, rejected = score.of_pair(score.log_ratio, pair)
-  h = beta * (shape(chosen) - shape(rejected))
-  if clip is not None:
-    h = jnp.where(jnp.abs(h) <= clip, h, jnp.sign(h) * clip)
-  return link.logistic(h).mean(), score.pair_metrics(pair, beta * chosen, beta * rejected)
-
-
 def fdpo_loss(pair, *, beta=0.1, divergence='js', alpha=0.5):
   """f-DPO: -log σ(beta (f'(e^s_w) - f'(e^s_l))) for a divergence other than the reverse KL.
 
@@ -259,8 +249,11 @@ def fdpo_loss(pair, *, beta=0.1, divergence='js', alpha=0.5):
     alpha: of 'alpha' alone, in (0, 1); TRL's coefficient is 1 - alpha.
   Source: arXiv:2309.16240. oxRL's forward KL, JS and α-divergence are not the paper's.
   """
-  return _shaped(pair, beta, functools.partial(
-      score.divergence_slope, divergence=divergence, alpha=alpha))
+  bounds.positive(beta=beta)
+  chosen, rejected = score.of_pair(score.log_ratio, pair)
+  slopes = [score.divergence_slope(s, divergence, alpha) for s in (chosen, rejected)]
+  losses = link.logistic(beta * (slopes[0] - slopes[1]))
+  return losses.mean(), score.pair_metrics(pair, beta * chosen, beta * rejected)
 
 
 def chipo_loss(pair, *, beta=0.1, max_reward=None):
@@ -272,9 +265,14 @@ def chipo_loss(pair, *, beta=0.1, max_reward=None):
       gradient.
   Source: arXiv:2407.13399. e^s stops growing at e^20.
   """
+  bounds.positive(beta=beta)
+  chosen, rejected = score.of_pair(score.log_ratio, pair)
+  ratio_gap = score.capped_ratio(chosen) - score.capped_ratio(rejected)
+  h = beta * (ratio_gap + (chosen - rejected))  # e^s + s would lose s to rounding
   if max_reward is not None:
     bounds.positive(max_reward=max_reward)
-  return _shaped(pair, beta, score.chi_squared, None if max_reward is None else 2.0 * max_reward)
+    h = jnp.where(jnp.abs(h) <= 2.0 * max_reward, h, jnp.sign(h) * 2.0 * max_reward)
+  return link.logistic(h).mean(), score.pair_metrics(pair, beta * chosen, beta * rejected)
 
 
 def spo_loss(pair, *, beta=2.5, margin=0.8):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import preference_reference as reference
+import preference_reference_batch  # noqa: F401 (fills the tables of preference_reference)
 
 from ptjax import types
 from ptjax.losses import preference_anchor as anchor
@@ -190,6 +191,20 @@ def sides(arrays):
           for s in ('chosen', 'rejected')]
 
 
+def gradients(loss, pair, **hyper):
+  """(value, d/d chosen, d/d rejected) at a pair."""
+  def objective(chosen, rejected):
+    return loss(pair.replace(chosen=pair.chosen.replace(log_probs=chosen),
+                             rejected=pair.rejected.replace(log_probs=rejected)), **hyper)[0]
+  value, grads = jax.value_and_grad(objective, (0, 1))(
+      pair.chosen.log_probs, pair.rejected.log_probs)
+  return value, *grads
+
+
+def row(pair, i, copies=1):
+  return jax.tree.map(lambda x: jnp.repeat(x[i:i + 1], copies, axis=0), pair)
+
+
 KEY_SEED = 5
 
 
@@ -236,8 +251,8 @@ def golden_pairs(loss, whole_batch):
         pair.chosen.log_probs, pair.rejected.log_probs)
     return value, *(-g[:, 0] for g in grads)  # every response has its first token
   if whole_batch:
-    return one(pair)
-  value, chosen, rejected = jax.vmap(one)(jax.tree.map(lambda x: x[:, None], pair))
+    return jax.jit(one)(pair)
+  value, chosen, rejected = jax.jit(jax.vmap(one))(jax.tree.map(lambda x: x[:, None], pair))
   return value, chosen[:, 0], rejected[:, 0]
 
 

@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptjax import types
 from ptjax.losses import preference_anchor
 from ptjax.losses import preference_gap
 from ptjax.losses import preference_link
 from ptjax.losses import preference_score
 from ptjax.losses import unpaired
-from ptjax.pieces import running
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import preference_cases as cases
@@ -163,167 +161,58 @@ def test_golden_values(golden):
   np.testing.assert_allclose(rejected, want_rejected, **tolerance)
 
 
-IDENTITIES = [
-    ('gpo logistic', preference_link.gpo_loss, dict(variant='logistic')),
-    ('dpop', preference_gap.dpop_loss, dict(penalty_coefficient=0.0)),
-    ('cdpo', preference_link.cdpo_loss, dict(label_smoothing=0.0)),
-    ('robust', preference_link.robust_dpo_loss, dict(label_smoothing=0.0)),
-    ('robust oxrl', preference_link.robust_dpo_oxrl_loss, dict(label_smoothing=0.0)),
-    ('hdpo', preference_score.hdpo_loss, dict(alpha=1.0)),
-    ('dposhift', preference_score.dposhift_loss, dict(rejected_coefficient=1.0)),
-    ('fdpo', preference_score.fdpo_loss, dict(divergence='reverse_kl')),
-    ('rdpo', preference_score.rdpo_loss, dict(alpha=0.0)),
-    ('c2dpo', preference_anchor.c2dpo_loss, dict(constraint_coefficient=0.0)),
-    ('ld_dpo', preference_score.ld_dpo_loss, dict(alpha=1.0)),
-    ('focalpo', preference_link.focalpo_loss, dict(exponent=0.0)),
-    ('focalpo oxrl', preference_link.focalpo_oxrl_loss, dict(exponent=0.0)),
-    ('odpo oxrl', preference_link.odpo_oxrl_loss, dict(margin=0.0)),
-    ('rpo', preference_anchor.rpo_loss, dict(nll_coefficient=0.0)),
-    ('dpnll', preference_anchor.dpnll_loss, dict(nll_coefficient=0.0)),
-    ('betadpo oxrl', preference_gap.betadpo_oxrl_loss, dict(alpha=0.0)),
-    ('betadpo', preference_gap.betadpo_loss,
-     dict(alpha=0.0, drop_fraction=0.0, key=jax.random.key(0))),
-]
-
-
-def gradients(loss, pair, **hyper):
-  """(value, d/d chosen, d/d rejected) at a pair."""
-  def objective(chosen, rejected):
-    return loss(pair.replace(chosen=pair.chosen.replace(log_probs=chosen),
-                             rejected=pair.rejected.replace(log_probs=rejected)), **hyper)[0]
-  value, grads = jax.value_and_grad(objective, (0, 1))(
-      pair.chosen.log_probs, pair.rejected.log_probs)
-  return value, *grads
-
-
-def assert_same(first, second, rtol=1e-5):
-  for a, b in zip(first, second, strict=True):
-    np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7)
-
-
 @pytest.fixture
 def pair():
   return cases.pair_of(cases.to_jax(cases.random_arrays(B, T), None, np.float32))
 
 
-@pytest.mark.parametrize('name,loss,hyper', IDENTITIES, ids=[i[0] for i in IDENTITIES])
-def test_limits_equal_dpo(pair, name, loss, hyper):
-  assert_same(gradients(loss, pair, beta=0.3, **hyper),
-              gradients(preference_link.dpo_loss, pair, beta=0.3))
-
-
-def row(pair, i, copies=1):
-  return jax.tree.map(lambda x: jnp.repeat(x[i:i + 1], copies, axis=0), pair)
-
-
-def test_whole_batch_losses_on_equal_pairs_equal_dpo(pair):
-  dpo = gradients(preference_link.dpo_loss, row(pair, 0, 2), beta=0.3)
-  for loss in (preference_gap.aot_loss, preference_gap.aot_unpaired_loss,
-               preference_anchor.drdpo_loss):
-    assert_same(gradients(loss, row(pair, 0, 2), beta=0.3), dpo)
-  assert_same(gradients(preference_anchor.drdpo_loss, row(pair, 1), beta=0.3),
-              gradients(preference_link.dpo_loss, row(pair, 1), beta=0.3))
-
-
-def test_gpo_squared_is_ipo_oxrl_rescaled(pair):
-  squared = gradients(preference_link.gpo_loss, pair, beta=0.3, variant='squared')
-  ipo = gradients(preference_score.ipo_oxrl_loss, pair, beta=0.15)
-  assert_same(squared, [0.09 * x for x in ipo])
-
-
-def test_simpo_is_the_limit_of_alphapo_and_alpha_dpo(pair):
-  simpo = gradients(preference_score.simpo_loss, pair, beta=2.0, margin=0.6)
-  assert_same(gradients(preference_score.alphapo_loss, pair, beta=2.0, margin=0.6, alpha=0.0), simpo)
-  assert_same(gradients(preference_score.alphapo_loss, pair, beta=2.0, margin=0.6, alpha=1e-4),
-              simpo, rtol=1e-3)
-  assert_same(gradients(preference_gap.alpha_dpo_loss, pair, beta=2.0, margin_per_beta=0.3,
-                        alpha=0.0), simpo)
-
-
-def test_exo_is_zero_at_its_minimum():
-  """6.3, no. 8: the minimum lies at h = log((1 - ε) / ε) and is 0."""
-  target = float(np.log(0.9 / 0.1))
-  one = types.SideLogProbs(log_probs=jnp.full((1, 1), -1.0), loss_mask=jnp.ones((1, 1), bool),
-                           reference_log_probs=jnp.full((1, 1), -1.0 - target))
-  pair = types.PairLogProbs(chosen=one, rejected=one.replace(reference_log_probs=one.log_probs))
-  value, chosen, rejected = gradients(
-      preference_link.exo_loss, pair, beta=1.0, label_smoothing=0.1)
-  np.testing.assert_allclose([value, chosen[0, 0], rejected[0, 0]], 0.0, atol=1e-6)
-
-
-def at_reference(pair):
-  same = lambda side: side.replace(reference_log_probs=side.log_probs)
-  return types.PairLogProbs(chosen=same(pair.chosen), rejected=same(pair.rejected))
-
-
-def test_start_of_training(pair):
-  """At π = π₀ kinks are hit exactly: the ties of every clamp, and 6.3, no. 9."""
-  start = at_reference(pair)
-  np.testing.assert_allclose(
-      preference_anchor.nca_loss(start)[0], 2 * np.log(2), rtol=1e-6)
-  weight = lambda loss, **hyper: [
-      -B * float(g[0, t]) for g, t in zip(
-          gradients(loss, start, **hyper)[1:], [int(np.argmax(side.loss_mask[0])) for side in (
-              pair.chosen, pair.rejected)])]
-  np.testing.assert_allclose(weight(preference_gap.minor_dpo_loss), [0.05, 0.0], atol=1e-7)
-  np.testing.assert_allclose(weight(preference_gap.dpop_loss), [0.05, -0.05], rtol=1e-6)
-  np.testing.assert_allclose(weight(preference_gap.bpo_loss), [0.0, -0.015], atol=1e-7)
-  np.testing.assert_allclose(weight(preference_score.chipo_loss), [0.1, -0.1], rtol=1e-6)
-  np.testing.assert_allclose(weight(preference_link.hinge_loss), [0.1, -0.1], rtol=1e-6)
-  np.testing.assert_allclose(
-      weight(preference_link.discopop_loss), [-0.0784, 0.0784], rtol=1e-3)
-  for loss, key in ((preference_gap.alpha_dpo_loss, {}),
-                    (preference_gap.betadpo_loss, {'key': jax.random.key(0)})):
-    value, *grads = gradients(loss, start, **key)
-    assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
-
-
-def test_hinge_stops_at_the_kink():
-  side = types.SideLogProbs(log_probs=jnp.array([[-1.0]]), loss_mask=jnp.array([[True]]),
-                            reference_log_probs=jnp.array([[-2.0]]))
-  pair = types.PairLogProbs(chosen=side, rejected=side.replace(log_probs=jnp.array([[-2.0]])))
-  value, chosen, rejected = gradients(preference_link.hinge_loss, pair, beta=1.0)
-  assert value == chosen[0, 0] == rejected[0, 0] == 0.0
-
-
-def test_sampo_draws_the_same_positions_for_policy_and_reference():
+def test_corrupted_prompts_of_mdpo_carry_gradient():
   arrays = cases.random_arrays(B, T)
-  key = jax.random.key(3)
+  case = next(case for case in cases.PAIR if case.extras == cases.CORRUPTED)
+  w, _ = cases.sides(arrays)
+  corrupted = reference.side(arrays['corrupted_log_probs'], arrays['chosen_mask'],
+                             arrays['corrupted_reference_log_probs'])
+  beta = case.hyper['beta']
+  want = beta * reference.sigmoid(beta * (corrupted.s - w.s)) / B
   with jax.enable_x64(True):
-    pair = cases.pair_of(cases.to_jax(arrays, None, np.float64))
-    value, *grads = gradients(preference_score.sampo_loss, pair, beta=0.3, key=key)
-    drawn = preference_score.score.shared_sample(key, pair)
-    kept = dict(arrays, chosen_mask=np.asarray(drawn.chosen.loss_mask),
-                rejected_mask=np.asarray(drawn.rejected.loss_mask))
-    w, l = cases.sides(kept)
-    np.testing.assert_array_equal(w.n, l.n)
-    np.testing.assert_allclose(
-        value, reference.VALUES['dpo'](w, l, None, beta=0.3).mean(), rtol=1e-12)
-    for grad, A, mask in zip(grads, reference.SLOPES['dpo'](w, l, beta=0.3),
-                             (kept['chosen_mask'], kept['rejected_mask'])):
-      np.testing.assert_allclose(-grad, np.where(mask, A[:, None] / B, 0.0), atol=1e-14)
-  even = cases.pair_of(cases.to_jax(
-      dict(arrays, rejected_mask=arrays['chosen_mask']), None, np.float32))
-  assert_same(gradients(preference_score.sampo_loss, even, key=key),
-              gradients(preference_link.dpo_loss, even))
+    _, grads = compiled(case)(cases.to_jax(arrays, case, np.float64))
+  np.testing.assert_allclose(grads['corrupted_log_probs'],
+                             np.where(arrays['chosen_mask'], want[:, None], 0.0), rtol=1e-9)
 
 
-def test_betadpo_drops_the_unusual_pairs(pair):
-  """A pair far from the mean is hardly ever kept, and the state is what the next step reads."""
-  far = pair.replace(chosen=pair.chosen.replace(
-      log_probs=pair.chosen.log_probs.at[0].add(100.0)))
-  state = running.Moments(mean=np.float32(0.0), std=np.float32(1.0), count=np.float32(4.0))
-  loss = functools.partial(preference_gap.betadpo_loss, far, loss_state=state, decay=1.0,
-                           drop_fraction=0.5, alpha=0.0)
-  def weights(key):
-    chosen = gradients(lambda p, **_: preference_gap.betadpo_loss(
-        p, key=key, loss_state=state, decay=1.0, drop_fraction=0.5, alpha=0.0), far)[1]
-    return (chosen != 0).any(axis=1)
-  kept = jax.vmap(weights)(jax.random.split(jax.random.key(0), 64))
-  assert (kept.sum(axis=1) == 2).all() and not kept[:, 0].any()
-  assert kept[:, 1:].mean(axis=0).min() > 0.1, 'each of the usual pairs is drawn'
-  new = loss(key=jax.random.key(0))[2]
-  np.testing.assert_allclose([new.mean, new.std, new.count], [0.0, 1.0, 8.0])
+DEFAULTS = {  # of the specification, where the worked examples do not show them
+    preference_anchor.nca_loss: {'beta': 0.01}, preference_gap.wpo_loss: {'beta': 0.01},
+    preference_anchor.rpo_loss: {'beta': 0.01, 'nll_coefficient': 0.005},
+    preference_anchor.dpnll_loss: {'beta': 0.1, 'nll_coefficient': 1.0},
+    preference_anchor.mpo_loss: {'beta': 0.1, 'preference_coefficient': 0.8,
+                                 'quality_coefficient': 0.2, 'nll_coefficient': 1.0},
+    preference_anchor.tpo_loss: {'beta': 0.01, 'nll_coefficient': 1.0},
+    preference_anchor.tpo_l_loss: {'beta': 0.01, 'margin': 0.5, 'nll_coefficient': 1.0},
+    preference_anchor.mdpo_loss: {'beta': 0.1, 'margin': 0.0},
+    preference_anchor.sppo_soft_loss: {'beta': 0.1},
+    preference_score.alphapo_loss: {'beta': 2.5, 'margin': 0.1, 'alpha': 0.25},
+    preference_score.cpo_loss: {'beta': 0.1, 'nll_coefficient': 1.0, 'label_smoothing': 0.0},
+    preference_score.cposimpo_loss: {'beta': 2.0, 'margin': 0.5, 'nll_coefficient': 1.0},
+    preference_score.orpo_loss: {'beta': 0.1}, preference_score.slic_hf_loss: {'margin': 1.0},
+    preference_score.sampo_loss: {'beta': 0.1},
+    preference_score.ld_dpo_loss: {'beta': 0.1, 'alpha': 0.5},
+    preference_link.odpo_loss: {'beta': 0.1, 'alpha': 1.0},
+    preference_gap.betadpo_loss: {'beta': 0.1, 'alpha': 0.6, 'drop_fraction': 0.2, 'decay': 0.9,
+                                  'min_beta': 1e-3},
+    preference_gap.betadpo_oxrl_loss: {'beta': 0.1, 'alpha': 0.5, 'decay': 0.9, 'min_beta': 1e-3},
+    preference_gap.alpha_dpo_loss: {'decay': 0.9},
+    unpaired.kto_loss: {'beta': 0.1, 'desirable_weight': 1.0, 'undesirable_weight': 1.0},
+    unpaired.kto_oxrl_loss: {'beta': 0.1, 'desirable_weight': 1.0, 'undesirable_weight': 1.0,
+                             'decay': 0.9},
+    unpaired.bco_loss: {'beta': 0.1, 'min_weight': 0.5, 'max_weight': 10.0},
+}
+
+
+def test_defaults_are_the_specifications():
+  for loss, defaults in DEFAULTS.items():
+    parameters = inspect.signature(loss).parameters
+    got = {name: parameters[name].default for name in defaults}
+    assert got == defaults, loss.__name__
 
 
 def test_metrics_are_trls(pair):
@@ -351,4 +240,4 @@ def test_wrong_shapes_are_named(pair):
   with pytest.raises(ValueError, match='pair.chosen and pair.rejected'):
     preference_link.dpo_loss(pair.replace(rejected=fewer))
   with pytest.raises(ValueError, match='at least 2'):
-    preference_gap.aot_loss(row(pair, 0))
+    preference_gap.aot_loss(cases.row(pair, 0))

@@ -1,220 +1,373 @@
-"""What a run would need, from its compiled programs, without running it.
+"""`--plan`: what a run would need, without running it.
 
-The train step is lowered and compiled for the real mesh on virtual CPU devices from shapes alone
-(no weight is made), and the compiler's own memory analysis is read. FLOPs are counted from the
-model's shape: a compiled loop's cost analysis counts its body once.
+Memory comes from the run's own programs, compiled for the real mesh from shapes alone (on virtual
+CPU devices where the machine has not got them); FLOPs and bytes are counted from shapes; seconds
+are those divided by stated rates.
 """
 
-import functools
+import dataclasses
 import json
 import math
+import os
+import re
 import time
+import types
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ptjax import assembly
 from ptjax import config as settings
+from ptjax import dry_run
 from ptjax import sharding
-from ptjax import types
+from ptjax.data import demonstrations
+from ptjax.data import prompts as prompt_door
+from ptjax.data import sources
+from ptjax.models import costs
 from ptjax.models import hub
 from ptjax.models import presets
 from ptjax.training import algorithm as binding
-from ptjax.training import optimizer as optimizers
-from ptjax.training import state as training_state
-from ptjax.training import step as training_step
 
 # Hub models whose shape is known without fetching anything.
-_KNOWN_SHAPES = {
-    'Qwen/Qwen2.5-0.5B': 'qwen2.5-0.5b', 'Qwen/Qwen2.5-0.5B-Instruct': 'qwen2.5-0.5b',
-    'Qwen/Qwen2.5-1.5B': 'qwen2.5-1.5b', 'Qwen/Qwen2.5-1.5B-Instruct': 'qwen2.5-1.5b',
-    'Qwen/Qwen2.5-7B': 'qwen2.5-7b', 'Qwen/Qwen2.5-7B-Instruct': 'qwen2.5-7b',
+KNOWN_SHAPES = {
+    **{f'Qwen/Qwen2.5-{size}{kind}': f'qwen2.5-{size.lower()}'
+       for size in ('0.5B', '1.5B', '7B') for kind in ('', '-Instruct')},
     'openai-community/gpt2': 'gpt2',
 }
-_H100 = {'flops': 0.4 * 989e12, 'bytes': 0.4 * 3.35e12}  # 40 % of the data sheet's peak rates
 GIB = 2.0**30
+_EFFICIENCY = 0.4  # of the data sheet's rates that a good program reaches
 
 
-def use_virtual_devices(mesh_text):
-  """Makes as many virtual CPU devices as the mesh names; call before anything touches a device.
+@dataclasses.dataclass(frozen=True)
+class Rates:
+  """What one device does per second."""
+  name: str
+  flops: float
+  bytes: float  # to and from its memory
+  link: float  # bytes received from other devices
+  memory: float | None = None  # GiB it has, where known
 
-  Returns:
-    True if the mesh is planned on virtual devices; False where it is left open (a -1 or empty), so
-    that the machine's own devices decide.
+
+# What makes a phase smaller.
+_REMEDIES = {
+    'update': 'raise training.micro_batches or set model_settings.remat=full',
+    'log-probs': 'lower rollout.num_prompts or rollout.group_size',
+    'rollout': 'lower rollout.num_prompts, rollout.group_size or rollout.max_completion_tokens',
+}
+
+# Data sheets (SXM): dense bfloat16 and TF32 FLOP/s, memory and NVLink bytes/s (one way), GiB.
+_DEVICES = {
+    'A100': (312e12, 156e12, 2.04e12, 300e9, 80), 'H100': (989e12, 494e12, 3.35e12, 450e9, 80),
+    'H200': (989e12, 494e12, 4.8e12, 450e9, 141),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """One part of an optimizer step."""
+  name: str
+  flops: float  # of all devices together
+  moved: float  # bytes between a device and its memory, where that may be the limit
+  received: float  # bytes a device receives from others
+
+  def seconds(self, rates, devices):
+    """Sums computing and communication; neither overlap nor host time is assumed."""
+    return (max(self.flops / devices / rates.flops, self.moved / rates.bytes)
+            + self.received / rates.link)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageEstimate:
+  """What a stage needs; bytes are per device."""
+  name: str
+  rows: costs.Rows  # of a whole rollout, or of a batch of demonstrations
+  resident: dict  # part -> bytes, there all the time
+  phases: dict  # phase -> {part -> bytes}, each there while the phase lasts
+  work: tuple  # Work, per optimizer step
+  programs: dict  # name -> dry_run.Program
+
+  @property
+  def fullest(self):
+    """The phase that holds most."""
+    return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+  @property
+  def peak(self):
+    """Bytes of that phase with what is resident."""
+    return sum(self.resident.values()) + sum(self.phases[self.fullest].values())
+
+
+def plan(config):
+  """Returns the plan as text; call before anything has touched a device.
+
+  Raises:
+    UserError: a config, mesh, model or data set that cannot work.
   """
-  sizes = [part.partition('=')[2] for part in mesh_text.split(',') if part]
-  if not sizes or '-1' in sizes:
-    return False
+  assembly.use_compile_cache(config.log.compile_cache)
+  mesh = planning_mesh(config.mesh)
+  model, stages = estimate(config, mesh)
+  rates = assumed_rates(model, mesh)
+  return '\n'.join([json.dumps(settings.to_dict(config), indent=2), '',
+                    *_heading(config, model, mesh),
+                    *(line for stage in stages for line in _stage_lines(stage, mesh, rates)),
+                    '', *_notes(model, mesh, rates, stages)])
+
+
+def planning_mesh(text):
+  """Builds the mesh, on virtual CPU devices if the machine has fewer than it names."""
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a job may use the GPU now
+  sizes = [part.partition('=')[2].strip() for part in text.split(',') if part.strip()]
+  count = math.prod(map(int, sizes)) if sizes and all(re.fullmatch(r'\d+', s) for s in sizes) else 0
+  if not count:  # left to the machine's own devices, or malformed, which make_mesh explains
+    return sharding.make_mesh(text)
   try:
-    count = math.prod(int(size) for size in sizes)
-  except ValueError:
-    return False  # make_mesh says what is wrong with it
-  jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_num_cpu_devices', count)
-  return True
+    jax.config.update('jax_num_cpu_devices', count)
+  except RuntimeError:
+    pass  # devices are in use already, as in a notebook: they must do
+  devices = jax.devices()
+  if len(devices) != count:
+    devices = jax.devices('cpu')[:count]
+  return sharding.make_mesh(text, devices)
+
+
+def estimate(config, mesh):
+  """Compiles every stage's programs from shapes.
+
+  Args:
+    config: config.Config.
+    mesh: the mesh.
+  Returns:
+    The TransformerConfig and a StageEstimate per stage.
+  Raises:
+    UserError: see `plan`.
+  """
+  plans = assembly.stage_plans(config)
+  model = model_shape(config)
+  assembly.check(config, plans, model, mesh)
+  bounds = [binding.bind(plan.row, plan.hyperparameters,
+                         updates_per_rollout=_updates(config, plan)) for plan in plans]
+  rows = [longest_rows(config, plan) for plan in plans]
+  return model, [_stage(config, plan, bound, model, mesh, whole, last=plan is plans[-1])
+                 for plan, bound, whole in zip(plans, bounds, rows)]
 
 
 def model_shape(config):
   """Returns the TransformerConfig of a run, from a preset, a known hub name or the files."""
-  name = _KNOWN_SHAPES.get(config.model)
-  if name is None:
+  dtypes = {'dtype': config.model_settings.dtype, 'param_dtype': config.model_settings.param_dtype}
+  if config.model in presets.names():
     return assembly.load_policy(config).config
-  return presets.get(name, dtype=config.model_settings.dtype,
-                     param_dtype=config.model_settings.param_dtype)
+  if config.model in KNOWN_SHAPES and not os.path.exists(config.model):
+    return presets.get(KNOWN_SHAPES[config.model], **dtypes)
+  return hub.load_config(config.model, **dtypes)
 
 
-def parameter_count(shapes):
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+def longest_rows(config, plan):
+  """Returns the padded sizes of the largest batch: the data's, or for hub names the limits.
+
+  Raises:
+    UserError: what is wrong with a local data set.
+  """
+  online = plan.row.door == 'prompts'
+  prompts = config.rollout.num_prompts if online else plan.batch_size
+  group = config.rollout.group_size if online else 1
+  limits = {'max_prompt_tokens': config.data.max_prompt_tokens, 'overlong': config.data.overlong}
+  width, completion = config.data.max_prompt_tokens, config.rollout.max_completion_tokens
+  if _is_local(config):
+    policy = assembly.load_policy(config)
+    rows = sources.load(config.dataset, columns=config.data.columns, limit=config.data.limit,
+                        seed=config.seed)
+    if online:
+      door = prompt_door.PromptDoor(rows, policy.tokenizer, num_prompts=1, **limits)
+      width = door.take(range(len(door))).tokens.shape[1]
+    else:
+      door = demonstrations.DemonstrationDoor(
+          rows, policy.tokenizer, batch_size=1, end_ids=policy.stop_ids,
+          max_completion_tokens=completion, **limits)
+      batch = door.take(range(len(door)))
+      width, completion = batch.prompt_tokens.shape[1], batch.tokens.shape[1]
+  return costs.Rows(prompts, width, group, completion)
 
 
-def forward_flops(model, tokens, context):
-  """Multiply-adds x 2 of a forward pass over `tokens` positions that see `context` keys each."""
-  shapes = hub.param_shapes(model)
-  in_layers = parameter_count(shapes['layers'])
-  attention = 2 * model.num_layers * model.num_heads * model.head_dim * context
-  return 2 * tokens * (in_layers + attention)
+def _is_local(config):
+  """Whether model and data can be read without a network."""
+  known = config.model in presets.names() or os.path.isdir(config.model)
+  name = config.dataset.partition('@')[0].partition(':')[0]
+  on_hub = re.fullmatch(r'[\w.-]+/[\w.-]+', name) and not os.path.exists(name) and not (
+      os.path.splitext(name)[1] in sources.SUFFIXES)
+  return known and not on_hub
 
 
-def head_flops(model, tokens):
-  return 2 * tokens * model.width * model.vocab_size
+def _updates(config, plan):
+  """Optimizer steps per rollout."""
+  return config.training.mini_batches * config.training.epochs if plan.row.door == 'prompts' else 1
 
 
-def plan(config):
-  """Returns the plan as text: config, parameters, memory per device, FLOPs and time per step."""
-  virtual = use_virtual_devices(config.mesh)
-  mesh = sharding.make_mesh(config.mesh)
-  plans = assembly.stage_plans(config)
-  stage_plan = plans[-1]
-  model = model_shape(config)
-  assembly.check(config, plans, model, mesh)
-  online = stage_plan.row.door == 'prompts'
-  rollout, training = config.rollout, config.training
-  group = rollout.group_size if online else 1
-  prompts = rollout.num_prompts // training.mini_batches if online else stage_plan.batch_size
-  longest = (config.data.max_prompt_tokens, rollout.max_completion_tokens)
-  compiled, seconds = compile_train_step(config, stage_plan, model, mesh, prompts, group, longest)
-  memory = compiled.memory_analysis()
-  shapes = hub.param_shapes(model)
-  count = parameter_count(shapes)
-  per_device = functools.partial(_bytes_per_device, mesh)
-  params = per_device(shapes)
-  reference = params if binding.bind(stage_plan.row, stage_plan.hyperparameters).needs_reference \
-      else 0
-  devices = mesh.size
-  completions = rollout.num_prompts * group
-  kv_bytes = (2 * model.num_layers * model.num_kv_heads * model.head_dim
-              * jnp.dtype(model.dtype).itemsize)
-  cache = kv_bytes * (rollout.num_prompts * longest[0] + completions * longest[1]) / devices
-  if not online:
-    cache = 0
-  rows = prompts * (longest[0] + group * longest[1])
-  update = 3 * (forward_flops(model, rows, sum(longest) / 2)
-                + head_flops(model, prompts * group * longest[1]))
-  update *= training.epochs if online else 1
-  if training.micro_batches > 1:
-    update *= 4 / 3  # the outputs are computed once more, to take the loss over the whole batch
-  if model.dtype != 'float32' or devices > 1 or virtual:
-    rates, whose = _H100, '40 % of an H100\'s data sheet'
-  else:
-    rates, whose = measured_rates(), 'a matrix product and a copy measured here'
-  lines = [
-      json.dumps(settings.to_dict(config), indent=2), '',
-      f'model        {config.model}: {count / 1e6:,.1f} M parameters, {model.num_layers} layers, '
-      f'width {model.width}, vocabulary {model.vocab_size}',
-      f'mesh         {dict(mesh.shape)}' + (' (virtual devices)' if virtual else ''),
-      f'compiled     the train step, in {seconds:.1f} s', '',
-      'memory per device (GiB)',
-      _row('parameters', params), _row('optimizer state', memory.argument_size_in_bytes - params),
-      _row('gradients and activations (temporaries)', memory.temp_size_in_bytes),
-  ]
-  if reference:
-    lines.append(_row('reference', reference))
+def _stage(config, plan, bound, model, mesh, rows, *, last):
+  """Compiles a stage's programs and puts its numbers together."""
+  online = plan.row.door == 'prompts'
+  micro_batches = config.training.micro_batches if last else 1
+  remat = config.model_settings.remat
+  updates = _updates(config, plan)
+  batch = rows._replace(prompts=rows.prompts // config.training.mini_batches) if online else rows
+  compiled = dry_run.compiled_dtype(model, mesh)
+  update = dry_run.train_step(
+      config, plan, bound, compiled, mesh, batch, micro_batches=micro_batches)
+  programs = {'update': update}
+  params = dry_run.params_bytes(model, mesh)
+  resident = {'parameters': params,
+              'optimizer state, one batch': update.arguments - params}
+  if bound.needs_reference:
+    resident['reference'] = params
+  phases = {'update': {'gradients': min(params, update.temporaries),
+                       'activations': max(update.temporaries - params, 0) + update.outputs}}
+  work = [Work('update', costs.update_flops(model, batch, remat=remat,
+                                            micro_batches=micro_batches),
+               0, sum(update.received.values()))]
+  passes = [name for name, needed in (
+      ('old log-probs', bound.needs_old_log_probs and not config.rollout.reuse_log_probs),
+      ('reference log-probs', bound.needs_reference)) if needed and online]
+  if passes:
+    scoring = programs['log-probs'] = dry_run.log_prob_step(config, plan, compiled, mesh, rows)
+    phases['log-probs'] = {'activations': scoring.temporaries + scoring.outputs}
+    work = [Work(name, costs.log_prob_flops(model, rows) / updates, 0,
+                 sum(scoring.received.values()) / updates) for name in passes] + work
   if online:
-    lines.append(_row('KV cache of a full rollout', cache))
-  train_peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + reference
-  rollout_peak = memory.argument_size_in_bytes + reference + cache
-  lines += [_row('peak (the larger of update and rollout)', max(train_peak, rollout_peak)), '',
-            'per optimizer step, at full lengths']
-  per_step = training.mini_batches * training.epochs if online else 1
-  total = update / devices / rates['flops']
-  lines.append(f'  update        {update / 1e12:12.3f} TFLOP  {total:10.3f} s')
-  if online:
-    decode_steps = longest[1]
-    flops = (forward_flops(model, completions * decode_steps, sum(longest) / 2)
-             + head_flops(model, completions * decode_steps)) / per_step
-    moved = decode_steps * (count * jnp.dtype(model.dtype).itemsize
-                            + cache * devices / 2) / per_step
-    seconds = max(flops / devices / rates['flops'], moved / devices / rates['bytes'])
-    lines.append(f'  rollout       {flops / 1e12:12.3f} TFLOP  {seconds:10.3f} s  '
-                 f'({moved / GIB:.1f} GiB moved)')
-    total += seconds
-  lines.append(f'  together      {"":12} {"":6} {total:10.3f} s  (rates: {whose})')
-  return '\n'.join(lines)
+    # Without its tokenizer a model's stop ids are not known; they cost a comparison each.
+    options = assembly.sampling_options(config, types.SimpleNamespace(stop_ids=()))
+    rollout = dry_run.rollout(model, options, mesh, rows)
+    programs.update(rollout.programs)
+    phases['rollout'] = _rollout_memory(rollout)
+    work = [*_rollout_work(model, mesh, rows, rollout, updates), *work]
+  return StageEstimate(plan.stage.name, rows, resident, phases, tuple(work), programs)
 
 
-def compile_train_step(config, stage_plan, model, mesh, prompts, group, longest):
-  """Compiles the train step from shapes alone; returns it and the seconds that took."""
-  bound = binding.bind(stage_plan.row, stage_plan.hyperparameters)
-  shapes = hub.param_shapes(model)
-  optimizer, schedule = optimizers.make_optimizer(
-      stage_plan.optimizer, stage_plan.stage.steps, shapes)
-  shardings = training_state.shardings(mesh, shapes, optimizer)
-  place = lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d)
-  state = jax.tree.map(
-      place, jax.eval_shape(lambda p: training_state.init(p, optimizer), shapes), shardings)
-  step = training_step.make_train_step(
-      assembly.make_forward(model, config.rollout.temperature, config.model_settings.remat),
-      bound.loss, optimizer, schedule=schedule, micro_batches=config.training.micro_batches,
-      mesh=mesh, state_sharding=shardings)
-  batch = jax.tree.map(
-      lambda s: place(s, sharding.batch(mesh) if s.ndim else sharding.replicated(mesh)),
-      batch_shapes(bound, prompts, group, longest))
-  started = time.perf_counter()
-  with sharding.use(mesh):
-    compiled = step.lower(state, batch).compile()
-  return compiled, time.perf_counter() - started
+def _rollout_memory(rollout):
+  """Parts of the rollout; its temporaries are those of the moment at which it holds most."""
+  widest = rollout.own[-1]
+  extra = [rollout.programs['prefill'].temporaries + rollout.own[0] - widest]
+  extra += rollout.own[-2:-1]  # while the widest caches are made, the ones before are there
+  if 'chunk' in rollout.programs:
+    extra.append(rollout.programs['chunk'].temporaries)
+  return {'weights': rollout.weights, 'KV cache of prompts': rollout.store,
+          'KV cache of completions': widest, 'tokens, log-probs': rollout.slots,
+          'temporaries': max(extra)}
 
 
-def batch_shapes(bound, prompts, group, longest):
-  """The train step's batch as shapes, prompts and completions at their longest."""
-  struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, np.dtype(dtype))
-  rows = (prompts * group, longest[1])
-  names = training_step.required_inputs(bound.loss)
-  inputs = {'rollout_log_probs': struct(rows, 'float32')} if bound.estimator else {}
-  if bound.estimator:
-    inputs['advantages'] = struct(rows[:1], 'float32')
-  if bound.needs_reference or 'reference_log_probs' in names:
-    inputs['reference_log_probs'] = struct(rows, 'float32')
-  if bound.needs_old_log_probs:
-    inputs['old_log_probs'] = struct(rows, 'float32')
-  return types.TokenBatch(
-      prompt_tokens=struct((prompts, longest[0]), 'int32'),
-      prompt_lengths=struct((prompts,), 'int32'), tokens=struct(rows, 'int32'),
-      loss_mask=struct(rows, 'bool'), on_policy=struct((), 'bool'), inputs=inputs)
+def _rollout_work(model, mesh, rows, rollout, updates):
+  """Prefill and decoding, per optimizer step."""
+  received = lambda name: sum(rollout.programs[name].received.values())
+  shards = sharding.batch_size(mesh)
+  logits = rows.completions / shards * model.vocab_size / mesh.shape['tensor'] * 4
+  # A step reads the weights (of an untied embedding a few rows only), both caches, and passes
+  # three times over float32 logits.
+  embedding = 0 if model.tie_embeddings else (
+      model.vocab_size * model.width * jnp.dtype(model.dtype).itemsize // mesh.shape['tensor'])
+  moved = sum(rollout.steps * (rollout.weights - embedding + rollout.store
+                               + rollout.own[-1] * window / rollout.windows[-1] + 3 * logits)
+              for window in rollout.windows)
+  decode = sum(rollout.steps * costs.decode_flops(model, rows, window)
+               for window in rollout.windows)
+  chunks = len(rollout.windows) * (received('chunk') if rollout.windows else 0)
+  return [
+      Work('prefill', costs.prefill_flops(model, rows) / updates, 0,
+           (received('weights') + received('prefill')) / updates),
+      Work('decode', decode / updates, moved / updates, chunks / updates)]
+
+
+def assumed_rates(model, mesh):
+  """The rates seconds are reckoned with: a GPU's, or this CPU's for a program meant for it."""
+  device = mesh.devices.flat[0]
+  if device.platform == 'cpu' and mesh.size == 1 and model.dtype == 'float32':
+    return measured_rates()
+  name = next((n for n in _DEVICES if n in device.device_kind), 'H100')
+  half, single, memory, link, size = _DEVICES[name]
+  return Rates(f'{_EFFICIENCY:.0%} of the data sheet of {name}',
+               _EFFICIENCY * (half if model.dtype == 'bfloat16' else single),
+               _EFFICIENCY * memory, _EFFICIENCY * link, size)
 
 
 def measured_rates():
-  """This device's float32 matrix-product FLOP/s and copy bytes/s, each the best of three."""
-  x = jnp.ones((1024, 1024), jnp.float32)
-  y = jnp.ones((1 << 24,), jnp.float32)
-  product, copy = jax.jit(lambda a: a @ a), jax.jit(lambda a: a + 1)
+  """This device's float32 matrix-product FLOP/s and memory bytes/s, each the best of three."""
+  turns = 8
   def best(function, argument):
-    jax.block_until_ready(function(argument))
+    # In a loop, so that no fresh memory is touched for the first time.
+    compiled = jax.jit(lambda x: jax.lax.fori_loop(0, turns, lambda _, y: function(y), x))
+    jax.block_until_ready(compiled(argument))
     times = []
     for _ in range(3):
       started = time.perf_counter()
-      jax.block_until_ready(function(argument))
-      times.append(time.perf_counter() - started)
+      jax.block_until_ready(compiled(argument))
+      times.append((time.perf_counter() - started) / turns)
     return min(times)
-  return {'flops': 2 * 1024**3 / best(product, x), 'bytes': 2 * y.nbytes / best(copy, y)}
+  matrix, vector = jnp.ones((1024, 1024), jnp.float32), jnp.ones(1 << 24, jnp.float32)
+  memory = 2 * vector.nbytes / best(lambda x: x + 1, vector)
+  return Rates('products and copies measured here now',
+               2 * 1024**3 / best(lambda x: x @ matrix / 1024, matrix), memory, memory)
 
 
-def _bytes_per_device(mesh, shapes):
-  shardings = sharding.tree_sharding(mesh, shapes)
-  return sum(math.prod(d.shard_shape(s.shape)) * s.dtype.itemsize
-             for s, d in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings)))
+# --- text
+
+
+def _heading(config, model, mesh):
+  count = sum(leaf.size for leaf in jax.tree.leaves(hub.param_shapes(model)))
+  where = f'{mesh.size} {mesh.devices.flat[0].platform} device' + 's' * (mesh.size > 1)
+  sizes = 'the longest of the data' if _is_local(config) else 'the limits set'
+  return [f'model   {config.model}: {count / 1e6:,.1f} M parameters, {model.num_layers} layers, '
+          f'width {model.width}, vocabulary {model.vocab_size}, {model.param_dtype} computing in '
+          f'{model.dtype}',
+          'mesh    ' + ', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
+          + f', planned on {where}', f'lengths {sizes}']
+
+
+def _stage_lines(stage, mesh, rates):
+  rows = stage.rows
+  yield ''
+  yield (f'stage {stage.name}: {rows.prompts} prompts x {rows.group_size}, up to '
+         f'{rows.prompt_tokens} + {rows.completion_tokens} tokens')
+  yield '  memory per device'
+  for part, size in stage.resident.items():
+    yield _row(part, size)
+  for phase, parts in stage.phases.items():
+    for part, size in parts.items():
+      yield _row(f'{phase}: {part}', size)
+  yield _row(f'peak, in {stage.fullest}', stage.peak)
+  yield f'  {"work per optimizer step":26}{"FLOP":>12}{"moved":>12}{"received":>12}{"seconds":>10}'
+  for work in stage.work:
+    yield (f'    {work.name:24}{_scaled(work.flops, 1000):>12}{_bytes(work.moved):>12}'
+           f'{_bytes(work.received):>12}{work.seconds(rates, mesh.size):10,.3f}')
+  flops, seconds = (sum(x) for x in zip(*(
+      (work.flops, work.seconds(rates, mesh.size)) for work in stage.work)))
+  yield f'    {"together":24}{_scaled(flops, 1000):>12}{"":24}{seconds:10,.3f}'
 
 
 def _row(name, size):
-  return f'  {name:44} {size / GIB:10.3f}'
+  return f'    {name:36}{_bytes(size):>12}'
+
+
+def _bytes(size):
+  return _scaled(size, 1024, 'iB') if size else '-'
+
+
+def _scaled(number, base, unit=''):
+  """Writes a number with the prefix that keeps it short, e.g. 3.55 GiB."""
+  power = min(max(int(math.log(max(number, 1), base)), 2), 5)
+  return f'{number / base**power:,.{2 if power > 2 else 1}f} {"__MGTP"[power]}{unit}'
+
+
+def _notes(model, mesh, rates, stages):
+  compiled = sum(program.seconds for stage in stages for program in stage.programs.values())
+  yield (f'{sum(len(stage.programs) for stage in stages)} programs compiled in {compiled:.0f} s; '
+         'nothing was run.')
+  yield ('FLOP are of all devices, with all that is recomputed; bytes moved (between a device and '
+         'its memory, counted for decoding alone) and received (from other devices) are per '
+         'device.')
+  yield (f'Seconds assume {rates.flops / 1e12:,.3g} TFLOP/s, {rates.bytes / 1e9:,.3g} GB/s moved '
+         f'and {rates.link / 1e9:,.3g} GB/s received ({rates.name}), no overlap of computing and '
+         'receiving, every completion at full length, and no time for rewards.')
+  if dry_run.compiled_dtype(model, mesh) != model:
+    yield (f'Temporaries and bytes received are those of programs in float32, since XLA widens '
+           f'{model.dtype} on CPU; on a GPU both are smaller, activations down to half.')
+  for stage in stages:
+    if rates.memory and stage.peak > 0.92 * rates.memory * GIB:
+      yield (f'Stage {stage.name} does not fit into {rates.memory} GiB in its phase '
+             f'{stage.fullest}: {_REMEDIES[stage.fullest]}; or split over more devices (--mesh).')

@@ -1,0 +1,88 @@
+"""What passes through the model cost, counted from shapes: FLOPs (a multiply-add is two).
+
+Only matrix products count; everything else is around one per cent of a model's work. Counted is
+what the programs execute: attention is dense, so masked positions cost too, and what the backward
+pass recomputes costs again. (XLA's own count takes a loop's body once, however often it runs.)
+"""
+
+from typing import NamedTuple
+
+
+class Rows(NamedTuple):
+  """Padded sizes of a batch."""
+  prompts: int  # P
+  prompt_tokens: int  # S
+  group_size: int  # G
+  completion_tokens: int  # T
+
+  @property
+  def completions(self):
+    return self.prompts * self.group_size
+
+
+def layer_weights(config):
+  """Weights of one layer's products: (all, those of the last one, `down`)."""
+  heads = config.num_heads * config.head_dim
+  key_values = 2 * config.num_kv_heads * config.head_dim
+  down = config.width * config.mlp_width
+  attention = config.width * (2 * heads + key_values)
+  return attention + (3 if config.gated_mlp else 2) * down, down
+
+
+def log_prob_flops(config, rows):
+  """FLOPs of `policy.log_probs`, each prompt run once for its group."""
+  return sum(_grouped(config, rows)) + head_flops(config, rows.completions * rows.completion_tokens)
+
+
+def update_flops(config, rows, *, remat='none', micro_batches=1):
+  """FLOPs of a batch's gradient.
+
+  Args:
+    config: TransformerConfig.
+    rows: Rows of the whole batch.
+    remat: as in `transformer.forward`.
+    micro_batches: from two on, outputs are computed beforehand, for the loss sees all of them.
+  """
+  weights, attention = _grouped(config, rows)
+  # Backward is twice forward; the head recomputes its logits chunk by chunk.
+  total = 3 * weights + 3 * attention + 4 * head_flops(
+      config, rows.completions * rows.completion_tokens)
+  if remat in ('dots', 'full'):
+    total += attention
+  if remat == 'full':
+    every, down = layer_weights(config)  # a layer's output itself is not recomputed
+    total += weights * (every - down) / every
+  if micro_batches > 1:
+    total += log_prob_flops(config, rows)
+  return total
+
+
+def prefill_flops(config, rows):
+  """FLOPs of running each prompt once and drawing from its last position."""
+  tokens = rows.prompts * rows.prompt_tokens
+  return (2 * tokens * config.num_layers * layer_weights(config)[0]
+          + attention_flops(config, tokens * rows.prompt_tokens)
+          + head_flops(config, rows.prompts))
+
+
+def decode_flops(config, rows, window):
+  """FLOPs of one decode step of all completions, own caches being `window` tokens wide."""
+  return (2 * rows.completions * config.num_layers * layer_weights(config)[0]
+          + attention_flops(config, rows.completions * (rows.prompt_tokens + window))
+          + head_flops(config, rows.completions))
+
+
+def attention_flops(config, pairs):
+  """FLOPs of scores and weighted values of all layers, for so many (query, key) pairs."""
+  return 4 * pairs * config.num_layers * config.num_heads * config.head_dim
+
+
+def head_flops(config, positions):
+  return 2 * positions * config.width * config.vocab_size
+
+
+def _grouped(config, rows):
+  """FLOPs of a forward pass over rows [P, S + G * T]: (products with weights, attention)."""
+  p, s, g, t = rows
+  weights = 2 * p * (s + g * t) * config.num_layers * layer_weights(config)[0]
+  return weights, attention_flops(config, p * (s * s + g * t * t + g * t * s))

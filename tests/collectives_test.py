@@ -1,0 +1,63 @@
+"""Collectives counted in compiled programs, and in each way in which XLA writes them."""
+
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+import pytest
+
+from ptjax import collectives
+from ptjax import sharding
+
+
+def received(function, *shapes, **options):
+  return collectives.bytes_received(
+      jax.jit(function, **options).lower(*shapes).compile().as_text())
+
+
+def struct(shape, mesh, *spec):
+  return jax.ShapeDtypeStruct(
+      shape, np.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def test_a_gather_brings_all_parts_but_ones_own():
+  mesh = sharding.make_mesh('fsdp=8')
+  found = received(lambda x: x, struct((8, 100), mesh, 'fsdp'),
+                   out_shardings=NamedSharding(mesh, PartitionSpec()))
+  assert found == {'all-gather': 7 * 100 * 4}
+
+
+def test_a_sum_in_a_loop_counts_as_often_as_the_loop_runs():
+  mesh = sharding.make_mesh('data=2,fsdp=4')
+
+  @functools.partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec('fsdp'),
+                     out_specs=PartitionSpec('fsdp'))
+  def program(x):
+    turn = lambda y, _: (y + lax.psum(y, 'fsdp'), None)
+    inner = lambda y, _: lax.scan(turn, y, None, length=5)
+    return lax.scan(inner, x, None, length=3)[0]
+  found = received(program, struct((4, 100), mesh, 'fsdp'))
+  assert found == {'all-reduce': 15 * 2 * 3 / 4 * 400}
+
+
+def test_a_program_on_one_device_sends_nothing():
+  assert received(lambda x: jnp.sum(x @ x), jax.ShapeDtypeStruct((8, 8), np.float32)) == {}
+
+
+@pytest.mark.parametrize('line, kind, size', [
+    ('%a = f32[10,4]{1,0} all-gather(%x), replica_groups={{0,1},{2,3}}', 'all-gather', 80),
+    ('%a = bf16[10,4]{1,0} all-gather(%x), replica_groups=[2,4]<=[8]', 'all-gather', 60),
+    ("%a = (f32[10]{0}, /*index=1*/f32[]) all-reduce(%x, %y), "
+     "replica_groups=mesh['a'=2,'b'=4] {'a','b'}", 'all-reduce', 2 * 7 / 8 * 40),
+    ('%a = f32[5]{0} reduce-scatter(%x), replica_groups=[1,8]<=[8]', 'reduce-scatter', 140),
+    ('ROOT %a = (f32[5]{0}, f32[10]{0}) all-gather-start(%x), replica_groups=[4,2]<=[8]',
+     'all-gather', 20),
+    ('%a = f32[5]{0} collective-permute(%x), source_target_pairs={{0,1}}', 'collective-permute',
+     20),
+])
+def test_every_notation_is_read(line, kind, size):
+  text = f'ENTRY %main (x: f32[5]) -> f32[5] {{\n  {line}, dimensions={{0}}\n}}\n'
+  assert collectives.bytes_received(text) == {kind: size}

@@ -1,0 +1,102 @@
+"""FLOPs counted from shapes against XLA's count of unrolled programs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ptjax.models import attention
+from ptjax.models import cache
+from ptjax.models import costs
+from ptjax.models import hub
+from ptjax.models import policy
+from ptjax.models import presets
+from ptjax.models import transformer
+
+ROWS = costs.Rows(prompts=2, prompt_tokens=32, group_size=4, completion_tokens=48)
+CONFIG = presets.get('tiny', width=256, num_heads=4, mlp_width=512, num_layers=2, vocab_size=512)
+# Norms, softmax and activations, which only XLA counts, are one per cent at this width.
+TOLERANCE = 0.025
+
+
+def ints(*shape):
+  return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def counted(function, *arguments):
+  return jax.jit(function).lower(*arguments).compile().cost_analysis()['flops']
+
+
+@functools.cache
+def split_shapes(config):
+  return jax.eval_shape(transformer.split_layers, hub.param_shapes(config))
+
+
+def log_probs(config, remat, params, *batch):
+  out = policy.log_probs(config, params, *batch, remat=remat, chunk=ROWS.completion_tokens)
+  return out['log_probs'], out['entropy']
+
+
+def batch_shapes():
+  p, s, _, t = ROWS
+  return ints(p, s), ints(p), ints(ROWS.completions, t)
+
+
+@pytest.mark.parametrize('changes', [
+    {}, {'gated_mlp': False, 'num_kv_heads': 4, 'head_dim': 32, 'tie_embeddings': False}])
+def test_layer_weights(changes):
+  config = presets.get('tiny', **changes)
+  every, down = costs.layer_weights(config)
+  kernels = {jax.tree_util.keystr(path): leaf.size // config.num_layers
+             for path, leaf in jax.tree_util.tree_leaves_with_path(
+                 hub.param_shapes(config)['layers']) if path[-1].key == 'kernel'}
+  assert every == sum(kernels.values())
+  assert down == kernels["['mlp']['down']['kernel']"]
+
+
+def test_log_prob_flops():
+  found = counted(functools.partial(log_probs, CONFIG, 'none'), split_shapes(CONFIG),
+                  *batch_shapes())
+  assert costs.log_prob_flops(CONFIG, ROWS) == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize('remat', transformer.REMAT)
+def test_update_flops(remat):
+  def loss(params, *batch):
+    scores, entropy = log_probs(CONFIG, remat, params, *batch)
+    return (scores * entropy).sum()
+  found = counted(jax.value_and_grad(loss), split_shapes(CONFIG), *batch_shapes())
+  assert costs.update_flops(CONFIG, ROWS, remat=remat) == pytest.approx(found, rel=TOLERANCE)
+
+
+def test_several_micro_batches_cost_one_forward_pass_more():
+  one, four = (costs.update_flops(CONFIG, ROWS, micro_batches=n) for n in (1, 4))
+  assert four - one == costs.log_prob_flops(CONFIG, ROWS)
+
+
+def test_prefill_flops():
+  p, s, _, _ = ROWS
+  def prefill(params, tokens, lengths):
+    hidden, store = transformer.forward(
+        CONFIG, params, tokens.reshape(-1), jnp.tile(jnp.arange(s), p),
+        attention.prefill(CONFIG, lengths, s))
+    return transformer.logits(CONFIG, params, hidden.reshape(p, s, -1)[:, -1]), store
+  found = counted(prefill, split_shapes(CONFIG), ints(p, s), ints(p))
+  assert costs.prefill_flops(CONFIG, ROWS) == pytest.approx(found, rel=TOLERANCE)
+
+
+def test_decode_flops():
+  p, s, g, _ = ROWS
+  window = 64
+  rows = ROWS.completions
+  store = [(jnp.zeros((p, CONFIG.num_kv_heads, CONFIG.head_dim, s)),
+            jnp.zeros((p, CONFIG.num_kv_heads, s, CONFIG.head_dim)))] * CONFIG.num_layers
+  def decode(params, tokens, lengths, step, own):
+    hidden, caches = transformer.forward(
+        CONFIG, params, tokens, step, attention.decode(CONFIG, lengths, step, g),
+        caches=cache.join(store, own))
+    return transformer.logits(CONFIG, params, hidden), cache.own_part(caches)
+  found = counted(decode, split_shapes(CONFIG), ints(rows), ints(p), ints(rows),
+                  cache.init_own(CONFIG, rows, window))
+  assert costs.decode_flops(CONFIG, ROWS, window) == pytest.approx(found, rel=TOLERANCE)

@@ -57,7 +57,8 @@ def wilson(fraction, count, level=0.95):
   centre = (fraction + z**2 / (2 * count)) / (1 + z**2 / count)
   half = z / (1 + z**2 / count) * math.sqrt(
       fraction * (1 - fraction) / count + z**2 / (4 * count**2))
-  return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+  low = 0.0 if fraction == 0.0 else float(centre - half)  # exact, where rounding would not be
+  return low, 1.0 if fraction == 1.0 else float(centre + half)
 
 
 def student(estimate, level=0.95):

@@ -258,7 +258,7 @@ def test_kto_equals_trls(drift):
         mismatched_log_probs=arrays()['rejected'],
         mismatched_loss_mask=arrays()['rejected_mask'],
         mismatched_reference_log_probs=arrays()['rejected'] - drift))
-  assert (metrics['kl'] > 0) == (drift > 0)
+  assert (float(metrics['kl']) > 0) == (drift > 0)
   assert_equal(value, grad, metrics, want, want_grad, want_metrics)
 
 

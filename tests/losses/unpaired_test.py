@@ -208,6 +208,17 @@ def test_kto_without_kl_is_apo_zero_unpaired():
       kto_value[0], unpaired.apo_zero_unpaired_loss(side_of(arrays), labels=LABELS, beta=0.3)[0])
 
 
+def test_kl_of_kto_is_a_constant():
+  arrays = random_arrays()
+  further = {name: jnp.asarray(arrays[name]) for name in MISMATCHED[1:]}
+  def loss(log_probs):
+    return unpaired.kto_loss(
+        side_of(arrays), labels=LABELS, mismatched_log_probs=log_probs, **further)[0]
+  log_probs = jnp.asarray(arrays['mismatched_log_probs'])
+  assert not jax.grad(loss)(log_probs).any()
+  assert loss(log_probs) != loss(log_probs + 1.0), 'though the value depends on it'
+
+
 def test_metrics_are_class_means():
   metrics = unpaired.apo_zero_unpaired_loss(side_of(random_arrays()), labels=LABELS, beta=0.3)[1]
   rewards = 0.3 * ratio(random_arrays())

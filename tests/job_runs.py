@@ -65,14 +65,19 @@ def launch_here(argv, devices=1):
     jax.config.update('jax_compilation_cache_dir', cache)
 
 
-def start(argv, *, devices=1, **options):
-  """Starts `python -m ptjax.launch` as a user does; returns the Popen, its output in pipes."""
-  environment = {
-      **os.environ, 'PYTHONPATH': str(REPOSITORY), 'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+def start(argv, *, devices=1, optimize=True):
+  """Starts `python -m ptjax.launch` as a user does; returns the Popen, its output in pipes.
+
+  Without `optimize` programs compile in less time and run in more.
+  """
+  flags = f'--xla_force_host_platform_device_count={devices}'
+  if not optimize:
+    flags += ' --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+  environment = {**os.environ, 'PYTHONPATH': str(REPOSITORY), 'JAX_PLATFORMS': 'cpu',
+                 'XLA_FLAGS': flags}
   return subprocess.Popen(
       [sys.executable, '-m', 'ptjax.launch', *argv], stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE, text=True, env=environment, **options)
+      stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def finish(process, code=0, timeout=300):

@@ -1,0 +1,85 @@
+"""Two real processes train together and give what one process with as many devices gives."""
+
+import pathlib
+import socket
+import sys
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import job_runs
+
+
+def start_pair(argv):
+  """Starts two processes of two devices each that make one run."""
+  with socket.socket() as probe:
+    probe.bind(('localhost', 0))
+    port = probe.getsockname()[1]
+  return [job_runs.start([*argv, f'--coordinator=localhost:{port}', '--num_processes=2',
+                          f'--process_id={rank}'], devices=2, optimize=False)
+          for rank in range(2)]
+
+
+# Fails in process 1 alone, on the second rollout, while a file named `down` lies beside it.
+REWARD = """
+import pathlib
+import jax
+calls = 0
+
+def short(prompts, completions, **columns):
+  global calls
+  calls += 1
+  if jax.process_index() == 1 and calls > 1 and (pathlib.Path(__file__).parent / 'down').exists():
+    raise OSError('the judge is down')
+  return [-0.1 * len(c) for c in completions]
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_fail_resume_and_end_like_one(tmp_path):
+  model = job_runs.export_model(tmp_path / 'model', num_layers=1)
+  (tmp_path / 'judge.py').write_text(REWARD)
+  (tmp_path / 'down').touch()
+
+  def arguments(name):
+    return job_runs.arguments(
+        model, tmp_path / name, tmp_path / 'cache', '--mesh=data=2,tensor=2', '--steps=4',
+        f'--reward={tmp_path}/judge.py:short', loss__kl_coefficient=0.04,
+        training__mini_batches=2)
+  out_dir, alone = tmp_path / 'pair', tmp_path / 'alone'
+  for process in start_pair(arguments('pair')):  # one fails, and neither waits for ever
+    _, err = job_runs.finish(process, code=2)
+    assert "reward 'short': raised OSError: 'the judge is down'" in err.splitlines()[-1]
+  assert [r['step'] for r in job_runs.metrics(out_dir)] == [0, 1, 2]
+  assert [p.name for p in (out_dir / 'checkpoints').iterdir()] == ['2']
+  (tmp_path / 'down').unlink()
+  outputs = [job_runs.finish(process) for process in start_pair(arguments('pair'))]
+  job_runs.finish(job_runs.start(arguments('alone'), devices=4, optimize=False))
+
+  # Process 0 speaks and writes; the other does neither.
+  said = [[line for line in out.splitlines() if not line.startswith('[Gloo]')]
+          for out, _ in outputs]
+  assert said[0][-1] == f'report  {out_dir}/report.html' and said[1] == []
+  assert 'step 4/4' in outputs[0][1] and 'step' not in outputs[1][1]
+  assert files(out_dir) == files(alone)
+  records, expected = job_runs.metrics(out_dir), job_runs.metrics(alone)
+  assert [r['step'] for r in records] == [r['step'] for r in expected] == [0, 1, 2, 3, 4]
+  for record, wanted in zip(records, expected):
+    assert record.keys() == wanted.keys()
+    for name, value in wanted.items():
+      if isinstance(value, str):
+        assert record[name] == value
+      else:  # sums run in another order; tokens and rewards are the same
+        np.testing.assert_allclose(record[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+  assert (out_dir / 'samples.jsonl').read_text() == (alone / 'samples.jsonl').read_text()
+  weights, wanted = job_runs.weights(out_dir), job_runs.weights(alone)
+  for name in wanted:
+    np.testing.assert_allclose(weights[name], wanted[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def files(out_dir):
+  """What a run left, without names that hold a time, a random part or a step."""
+  found = {str(path.relative_to(out_dir)) for path in out_dir.rglob('*')}
+  return {name for name in found
+          if not name.startswith(('checkpoints/', 'reference/', 'events.'))}

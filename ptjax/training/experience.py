@@ -211,17 +211,27 @@ class Collector:
         **{f'rewards/{name}': value for name, value in table.report.items() if value},
         'epoch': self.door.epoch(index),
         'perf/rollout_tokens_per_second': tokens / clock.laps['timing_s/rollout']}
-    return Experience(batch, metrics, self._samples(prompt_texts, completions, table, rollouts))
+    return Experience(batch, metrics, self._samples(
+        prompt_texts, completions, table, rollouts, batch))
 
-  def _samples(self, prompts, completions, table, rollouts):
+  def _samples(self, prompts, completions, table, rollouts, batch):
     count = min(self.num_samples, len(completions))
     lengths = rollouts.loss_mask.sum(1)
+    log_probs = {'log_probs': rollouts.log_probs}  # as the sampler saw them
+    log_probs.update({name: np.asarray(batch.inputs[name])
+                      for name in ('old_log_probs', 'reference_log_probs') if name in batch.inputs})
+    def per_token(i):
+      mask = rollouts.loss_mask[i]
+      tokens = [[token] for token in rollouts.tokens[i][mask].tolist()]
+      return {'tokens': self.tokenizer.batch_decode(tokens),
+              **{name: x[i][mask].astype(float).round(5).tolist() for name, x in log_probs.items()}}
     return [{
         'prompt': prompts[i], 'completion': completions[i],
         'reward': float(table.total[i]) if table.scored[i] else None,
         'rewards': {name: None if np.isnan(v) else float(v)
                     for name, v in zip(table.names, table.values[i])},
         'completion_tokens': int(lengths[i]), 'truncated': bool(rollouts.truncated[i]),
+        'group': i // self.rollout.group_size, **per_token(i),
     } for i in range(count)]
 
 

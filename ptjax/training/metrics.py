@@ -81,10 +81,11 @@ class MetricsWriter:
 
     Args:
       step: int, the optimizer step that trains on them.
-      samples: dicts with `prompt`, `completion`, and numbers such as `reward`.
+      samples: dicts with `prompt`, `completion`, numbers such as `reward`, and lists with an entry
+        per token such as `log_probs`.
     """
     for sample in samples if self._files else ():
-      self._append(SAMPLES, {'step': step, **_plain(sample)})
+      self._append(SAMPLES, {'step': step, **_plain(sample, lists=True)})
 
   def close(self):
     """Closes the files; further writes fail."""
@@ -173,15 +174,17 @@ def _lines(path):
       yield line.rstrip('\n'), record
 
 
-def _plain(values):
+def _plain(values, lists=False):
   """Values as JSON holds them; see `MetricsWriter.write`."""
-  return {str(name): _plain_value(name, value) for name, value in values.items()
+  return {str(name): _plain_value(name, value, lists) for name, value in values.items()
           if value is not None}
 
 
-def _plain_value(name, value):
+def _plain_value(name, value, lists):
   if isinstance(value, dict):
-    return _plain(value)
+    return _plain(value, lists)
+  if lists and isinstance(value, list):
+    return [_plain_value(name, item, lists) for item in value]
   if isinstance(value, (str, bool, int)):
     return value
   array = np.asarray(value)

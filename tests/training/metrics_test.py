@@ -43,11 +43,12 @@ def test_a_record_is_in_the_file_when_write_returns(tmp_path):
   writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
   writer.write(1, {'loss': 1.0})
   writer.write_samples(1, [{'prompt': 'ä\n', 'completion': '\u2028</script>', 'reward': 0.5,
-                            'rewards': {'exact': np.float32(1.0), 'none': None}}])
+                            'rewards': {'exact': np.float32(1.0), 'none': None},
+                            'log_probs': [-0.5, float('-inf')], 'tokens': ['a', 'b']}])
   assert metrics.read(tmp_path / metrics.METRICS) == [{'step': 1, 'loss': 1.0}]
   assert metrics.read(tmp_path / metrics.SAMPLES) == [
       {'step': 1, 'prompt': 'ä\n', 'completion': '\u2028</script>', 'reward': 0.5,
-       'rewards': {'exact': 1.0}}]
+       'rewards': {'exact': 1.0}, 'log_probs': [-0.5, None], 'tokens': ['a', 'b']}]
   writer.close()
 
 

@@ -78,6 +78,8 @@ def pieces_of(loss, *args, **kwargs):
     `reduction` (the factor the reduction, and the coefficient of the part in the loss, put on a
     token), and `ratio` and `stable` where the call has them. A name used again gets a number.
   """
+  order = []  # of the calls; a dict loses it on its way through jax.grad
+
   def recorded(probes):
     record = _Record(probes)
     token = _RECORD.set(record)
@@ -85,6 +87,7 @@ def pieces_of(loss, *args, **kwargs):
       result = loss(*args, **kwargs)
     finally:
       _RECORD.reset(token)
+    order[:] = record.parts
     return result[0] if isinstance(result, tuple) else result, record.parts
 
   shapes = jax.eval_shape(lambda: recorded({})[1])
@@ -92,8 +95,8 @@ def pieces_of(loss, *args, **kwargs):
   if not probes:
     return {}
   coefficients, parts = jax.grad(recorded, has_aux=True)(probes)
-  return {name: {**part, 'reduction': part['reduction'] * coefficients[name]}
-          for name, part in parts.items()}
+  return {name: {**parts[name], 'reduction': parts[name]['reduction'] * coefficients[name]}
+          for name in order}
 
 
 class _Record:

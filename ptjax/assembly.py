@@ -11,7 +11,6 @@ from typing import Any, Callable
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ptjax import algorithms
@@ -35,6 +34,7 @@ from ptjax.rollout import sampler
 from ptjax.training import algorithm as binding
 from ptjax.training import experience
 from ptjax.training import loop
+from ptjax.training import step as training_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +155,7 @@ def check(config, plans, model, mesh):
     if missing:
       raise settings.UserError(f'--algo={plan.row.name}: needs a {", ".join(sorted(missing))}, '
                                'which the launcher cannot place yet')
+    _check_inputs(plan)
     if plan.row.door == 'prompts':
       at_once = config.rollout.num_prompts // (
           config.training.mini_batches * config.training.micro_batches)
@@ -179,15 +180,38 @@ def check(config, plans, model, mesh):
         f'{model.max_length} positions; lower one of them')
 
 
+def _check_inputs(plan):
+  """Raises UserError for a hyperparameter or an array that loss or advantage cannot have."""
+  bound = binding.bind(plan.row, plan.hyperparameters)
+  to_loss = {*training_step.MODEL_OUTPUTS, 'loss_mask', 'old_log_probs', 'loss_state', 'key'}
+  recorded = {'loss_mask', 'rollout_log_probs', 'old_log_probs', 'reference_log_probs'}
+  if plan.row.door == 'prompts':
+    to_loss |= recorded | {'advantages'}
+  for function, offered in ((bound.loss, to_loss),
+                            (bound.estimator, recorded | {'rewards', 'group_size'})):
+    required = training_step.required_inputs(function) if function else ()
+    missing = [name for name in required if name not in offered]
+    if missing:
+      raise settings.UserError(
+          f'--algo={plan.row.name}: {_name(function)} needs {", ".join(missing)}, but from '
+          f'{plan.row.door} it gets only {", ".join(sorted(offered))}; a hyperparameter needs a '
+          'default')
+
+
+def _name(function):
+  return getattr(function, 'func', function).__name__
+
+
 def _try_group_of_one(plan):
   """Raises UserError if the advantage needs other completions to compare with."""
   try:
-    binding.bind(plan.row, plan.hyperparameters).estimator(
-        jnp.zeros(2), group_size=1, loss_mask=jnp.ones((2, 1), bool))
+    experience.estimate_advantages(
+        binding.bind(plan.row, plan.hyperparameters).estimator, np.zeros(2), np.ones(2, bool),
+        group_size=1, loss_mask=np.ones((2, 1), bool))
   except ValueError as error:
     raise settings.UserError(f'rollout.group_size=1: {error}') from None
   except TypeError:
-    pass  # it takes no group at all
+    pass  # it wants log-probs or values as well, and no group
 
 
 @dataclasses.dataclass(frozen=True)

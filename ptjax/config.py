@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import os
+import traceback
 import types as python_types
 import typing
 
@@ -245,16 +246,23 @@ def from_file(path):
   """Loads `get_config()` from an experiment file.
 
   Raises:
-    UserError: no such file, no get_config in it, or it returns something else than a Config.
+    UserError: no such file, it fails, no get_config in it, or it returns something else than a
+      Config.
   """
   if not os.path.isfile(path):
     raise UserError(f'--config={path}: no such file')
   spec = importlib.util.spec_from_file_location('ptjax_experiment', path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not callable(getattr(module, 'get_config', None)):
-    raise UserError(f'--config={path}: the file defines no get_config()')
-  config = module.get_config()
+  try:
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, 'get_config', None)):
+      raise UserError(f'--config={path}: the file defines no get_config()')
+    config = module.get_config()
+  except UserError:
+    raise
+  except Exception as error:  # the file is the user's own code
+    line = getattr(error, 'lineno', None) or traceback.extract_tb(error.__traceback__)[-1].lineno
+    raise UserError(f'--config={path}: {type(error).__name__}: {error} (line {line})') from error
   if not isinstance(config, Config):
     raise UserError(f'--config={path}: get_config() returned {type(config).__name__}, expected '
                     'ptjax.config.Config')

@@ -49,8 +49,10 @@ def arguments(model, out_dir, cache, *more, **settings):
       'data__max_prompt_tokens': 16, 'optimizer__learning_rate': 3e-3, 'log__compile_cache': cache,
       **settings}
   return ['--algo=grpo', f'--model={model}', f'--out_dir={out_dir}', '--steps=2',
-          '--dataset=arithmetic:max_operand=19', '--reward=length(target=4)', *more,
-          *(f'--set={name.replace("__", ".")}={value}' for name, value in settings.items())]
+          '--dataset=arithmetic:max_operand=19',
+          *(f'--set={name.replace("__", ".")}={value}' for name, value in settings.items()),
+          *([] if any(a.startswith('--reward') for a in more) else ['--reward=length(target=4)']),
+          *more]
 
 
 def launch_here(argv, devices=1):

@@ -18,13 +18,16 @@ _OPERATIONS = {'+': np.add, '-': np.subtract, '*': np.multiply}
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arithmetic:
   """How hard the task is."""
-  max_operand: int = 49  # operands are 0..max_operand
+  max_operand: int = 999  # operands are 0..max_operand
+  max_smaller: int = 9  # the smaller of the two is at most this; 999 for any two
   operations: str = '+'  # any of + - *, each equally often
   test_fraction: float = 0.1  # of the problems, kept for evaluation
 
   def __post_init__(self):
     if not 1 <= self.max_operand <= 999:
       raise config.UserError(f'arithmetic: max_operand={self.max_operand} must lie in 1..999')
+    if not 0 <= self.max_smaller <= 999:
+      raise config.UserError(f'arithmetic: max_smaller={self.max_smaller} must lie in 0..999')
     if not self.operations or set(self.operations) - set(_OPERATIONS):
       raise config.UserError(f'arithmetic: operations={self.operations!r}: expected some of '
                              f'{" ".join(_OPERATIONS)}, e.g. +-')
@@ -56,7 +59,8 @@ def rows(split='train', *, seed=0, count=None, settings=Arithmetic()):
   # The operation enters by its character, so adding another one moves no problem across.
   characters = np.array([ord(sign) for sign in signs])[operation]
   test = _hash(characters, left, right) < settings.test_fraction
-  chosen = np.flatnonzero(test if split == 'test' else ~test)
+  wanted = (test if split == 'test' else ~test) & (np.minimum(left, right) <= settings.max_smaller)
+  chosen = np.flatnonzero(wanted)
   chosen = np.random.default_rng([seed % 2**63, SPLITS.index(split)]).permutation(chosen)[:count]
   return [_row(signs[operation[i]], int(left[i]), int(right[i])) for i in chosen]
 

@@ -16,7 +16,7 @@ def _problem(row):
 
 @pytest.mark.parametrize('operations', ['+', '+-', '*-+'])
 def test_every_problem_comes_once_with_its_answer(operations):
-  settings = arithmetic.Arithmetic(max_operand=20, operations=operations)
+  settings = arithmetic.Arithmetic(max_operand=20, max_smaller=999, operations=operations)
   rows = arithmetic.rows('train', settings=settings) + arithmetic.rows('test', settings=settings)
   assert len({row['prompt'] for row in rows}) == len(rows) == 21 * 21 * len(operations)
   for row in rows:
@@ -71,3 +71,12 @@ def test_unusable_settings(settings, message):
 def test_unknown_split():
   with pytest.raises(config.UserError, match="no split 'tset'; did you mean test?"):
     arithmetic.rows('tset')
+
+
+def test_the_smaller_operand_can_be_bounded():
+  rows = arithmetic.rows('train') + arithmetic.rows('test')
+  operands = [sorted(map(int, row['prompt'][:-1].split('+'))) for row in rows]
+  assert max(smaller for smaller, _ in operands) == 9 and max(b for _, b in operands) == 999
+  assert len(rows) == 1000 * 1000 - 990 * 990
+  with pytest.raises(config.UserError, match='max_smaller=-1 must lie in 0..999'):
+    arithmetic.Arithmetic(max_smaller=-1)

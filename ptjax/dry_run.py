@@ -46,17 +46,22 @@ class Rollout:
   programs: dict  # 'weights', 'prefill', 'chunk' (the widest) -> Program
 
 
+# Memory is settled before machine code is made, which may as well be slow code.
+_FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+
+
 def compiled_dtype(model, mesh):
   """The model as its programs are compiled on `mesh` (see above)."""
-  if mesh.devices.flat[0].platform == 'cpu' and model.dtype != 'float32':
+  if _on_cpu(mesh) and model.dtype != 'float32':
     return dataclasses.replace(model, dtype='float32')
   return model
 
 
-def compile_program(lower):
-  """Compiles what `lower()` returns and reads what the compiler says."""
+def compile_program(lower, mesh):
+  """Compiles what `lower()` returns for `mesh` and reads what the compiler says."""
   started = time.perf_counter()
-  compiled = lower().compile()
+  with sharding.use(mesh):
+    compiled = lower().compile(compiler_options=_FAST if _on_cpu(mesh) else None)
   memory = compiled.memory_analysis()
   return Program(
       arguments=memory.argument_size_in_bytes,
@@ -86,10 +91,8 @@ def train_step(config, plan, bound, model, mesh, rows, *, micro_batches):
   step = training_step.make_train_step(
       _forward(config, plan, model), bound.loss, optimizer, schedule=schedule,
       micro_batches=micro_batches, mesh=mesh, state_sharding=shardings)
-  def lower():
-    with sharding.use(mesh):
-      return step.lower(state, _place_batch(batch_shapes(bound, rows), mesh))
-  return compile_program(lower)
+  batch = _place_batch(batch_shapes(bound, rows), mesh)
+  return compile_program(lambda: step.lower(state, batch), mesh)
 
 
 def log_prob_step(config, plan, model, mesh, rows):
@@ -98,11 +101,9 @@ def log_prob_step(config, plan, model, mesh, rows):
   shardings = sharding.tree_sharding(mesh, shapes)
   step = training_step.make_log_prob_step(
       _forward(config, plan, model), mesh=mesh, params_sharding=shardings)
-  batch = batch_shapes(None, rows)
-  def lower():
-    with sharding.use(mesh):
-      return step.lower(jax.tree.map(_placed, shapes, shardings), _place_batch(batch, mesh))
-  return compile_program(lower)
+  params = jax.tree.map(_placed, shapes, shardings)
+  batch = _place_batch(batch_shapes(None, rows), mesh)
+  return compile_program(lambda: step.lower(params, batch), mesh)
 
 
 def rollout(model, options, mesh, rows):
@@ -167,8 +168,7 @@ class _DrySampler(sampler.Sampler):
     wanted = kind in ('weights', 'prefill') or name == ('chunk', self._windows[-1])
     if self._compiles and wanted and kind not in self.programs:
       jitted = jax.jit(function, out_shardings=out, donate_argnums=donate)
-      with sharding.use(self.mesh):
-        self.programs[kind] = compile_program(lambda: jitted.lower(*args))
+      self.programs[kind] = compile_program(lambda: jitted.lower(*args), self.mesh)
     if kind == 'chunk':  # returns caches and slots as they were, filled further
       self.windows.append(name[1])
       return (*args[2:4], self._next_status())
@@ -201,6 +201,10 @@ def _dry_sampler(model, options, mesh, rows, *, compiles):
       own=tuple(map(bytes_per_device, [own, *dry.outputs.get('grow', [])])),
       slots=bytes_per_device(slots), windows=tuple(dry.windows), steps=dry._steps,
       programs=dry.programs)
+
+
+def _on_cpu(mesh):
+  return mesh.devices.flat[0].platform == 'cpu'
 
 
 def _forward(config, plan, model):

@@ -209,35 +209,34 @@ def _stage(config, plan, bound, model, mesh, rows, *, last):
   remat = config.model_settings.remat
   updates = _updates(config, plan)
   batch = rows._replace(prompts=rows.prompts // config.training.mini_batches) if online else rows
+  programs, phases, work = {}, {}, []
+  if online:  # first, for it finds lengths that the model has no positions for
+    # Without its tokenizer a model's stop ids are not known; they cost a comparison each.
+    options = assembly.sampling_options(config, types.SimpleNamespace(stop_ids=()))
+    rollout = dry_run.rollout(model, options, mesh, rows)
+    programs.update(rollout.programs)
+    phases['rollout'] = _rollout_memory(rollout)
+    work += _rollout_work(model, mesh, rows, rollout, updates)
   compiled = dry_run.compiled_dtype(model, mesh)
-  update = dry_run.train_step(
-      config, plan, bound, compiled, mesh, batch, micro_batches=micro_batches)
-  programs = {'update': update}
-  params = dry_run.params_bytes(model, mesh)
-  resident = {'parameters': params,
-              'optimizer state, one batch': update.arguments - params}
-  if bound.needs_reference:
-    resident['reference'] = params
-  phases = {'update': {'gradients': min(params, update.temporaries),
-                       'activations': max(update.temporaries - params, 0) + update.outputs}}
-  work = [Work('update', costs.update_flops(model, batch, remat=remat,
-                                            micro_batches=micro_batches),
-               0, sum(update.received.values()))]
   passes = [name for name, needed in (
       ('old log-probs', bound.needs_old_log_probs and not config.rollout.reuse_log_probs),
       ('reference log-probs', bound.needs_reference)) if needed and online]
   if passes:
     scoring = programs['log-probs'] = dry_run.log_prob_step(config, plan, compiled, mesh, rows)
     phases['log-probs'] = {'activations': scoring.temporaries + scoring.outputs}
-    work = [Work(name, costs.log_prob_flops(model, rows) / updates, 0,
-                 sum(scoring.received.values()) / updates) for name in passes] + work
-  if online:
-    # Without its tokenizer a model's stop ids are not known; they cost a comparison each.
-    options = assembly.sampling_options(config, types.SimpleNamespace(stop_ids=()))
-    rollout = dry_run.rollout(model, options, mesh, rows)
-    programs.update(rollout.programs)
-    phases['rollout'] = _rollout_memory(rollout)
-    work = [*_rollout_work(model, mesh, rows, rollout, updates), *work]
+    work += [Work(name, costs.log_prob_flops(model, rows) / updates, 0,
+                  sum(scoring.received.values()) / updates) for name in passes]
+  update = programs['update'] = dry_run.train_step(
+      config, plan, bound, compiled, mesh, batch, micro_batches=micro_batches)
+  params = dry_run.params_bytes(model, mesh)
+  resident = {'parameters': params, 'optimizer state, one batch': update.arguments - params}
+  if bound.needs_reference:
+    resident['reference'] = params
+  phases['update'] = {'gradients': min(params, update.temporaries),
+                      'activations': max(update.temporaries - params, 0) + update.outputs}
+  work.append(Work('update', costs.update_flops(model, batch, remat=remat,
+                                                micro_batches=micro_batches),
+                   0, sum(update.received.values())))
   return StageEstimate(plan.stage.name, rows, resident, phases, tuple(work), programs)
 
 
@@ -288,7 +287,7 @@ def assumed_rates(model, mesh):
 
 def measured_rates():
   """This device's float32 matrix-product FLOP/s and memory bytes/s, each the best of three."""
-  turns = 8
+  turns = 4
   def best(function, argument):
     # In a loop, so that no fresh memory is touched for the first time.
     compiled = jax.jit(lambda x: jax.lax.fori_loop(0, turns, lambda _, y: function(y), x))
@@ -299,7 +298,7 @@ def measured_rates():
       jax.block_until_ready(compiled(argument))
       times.append((time.perf_counter() - started) / turns)
     return min(times)
-  matrix, vector = jnp.ones((1024, 1024), jnp.float32), jnp.ones(1 << 24, jnp.float32)
+  matrix, vector = jnp.ones((1024, 1024), jnp.float32), jnp.ones(1 << 23, jnp.float32)
   memory = 2 * vector.nbytes / best(lambda x: x + 1, vector)
   return Rates('products and copies measured here now',
                2 * 1024**3 / best(lambda x: x @ matrix / 1024, matrix), memory, memory)

@@ -1,0 +1,197 @@
+"""The plan against what runs really hold, and what it refuses to plan."""
+
+import collections
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from ptjax import config as settings
+from ptjax import dry_run
+from ptjax import job
+from ptjax import planner
+from ptjax import sharding
+from ptjax import types
+from ptjax.models import costs
+from ptjax.models import hub
+from ptjax.models import presets
+from ptjax.models import transformer
+from ptjax.rollout import sampler
+from ptjax.training import step as training_step
+
+SMALL = presets.get('tiny', width=16, num_layers=2, mlp_width=32, vocab_size=40)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def eight_devices():
+  """Planning asks for as many devices as a mesh names, unless there are some already."""
+  assert len(jax.devices()) == 8
+
+
+def small_job(*assignments):
+  config = settings.tiny_job()
+  for assignment in (
+      'warm_start.steps=1', 'warm_start.batch_size=8', 'training.steps=1', 'eval.limit=8',
+      'eval.batch_size=8', 'rollout.num_prompts=8', 'rollout.group_size=2', 'log.report=false',
+      'log.tensorboard=false', 'log.compile_cache=none', *assignments):
+    config = settings.override(config, assignment)
+  return config
+
+
+def on_one_device(tree):
+  return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def memory(compiled):
+  found = compiled.memory_analysis()
+  return (found.argument_size_in_bytes, found.temp_size_in_bytes,
+          found.output_size_in_bytes - found.alias_size_in_bytes)
+
+
+def planned(program):
+  return program.arguments, program.temporaries, program.outputs
+
+
+class Recorder:
+  """Notes what a run's compiled functions are called with, and what its sampler makes."""
+
+  def __init__(self, monkeypatch):
+    self.calls = collections.defaultdict(list)  # name -> (function, shapes of its arguments)
+    self.programs, self.outputs = {}, collections.defaultdict(list)
+    for name in ('make_train_step', 'make_log_prob_step'):
+      monkeypatch.setattr(training_step, name, functools.partial(
+          self._making, name, getattr(training_step, name)))
+    run = sampler.Sampler._run
+
+    def noting(owner, shapes, name, *args, **options):
+      made = run(owner, shapes, name, *args, **options)
+      kind = name if isinstance(name, str) else name[0]
+      self.programs[kind] = owner._programs[name, shapes]
+      parts = {'prefill': ('store', 'own', 'slots'), 'grow': ('own',), 'weights': ('weights',)}
+      values = made if kind == 'prefill' else [made]
+      for part, value in zip(parts.get(kind, ()), values):
+        self.outputs[part].append(on_one_device(value))
+      return made
+    monkeypatch.setattr(sampler.Sampler, '_run', noting)
+
+  def _making(self, name, make, *args, **options):
+    function = make(*args, **options)
+
+    def called(*arguments):
+      self.calls[name].append((function, jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arguments)))
+      return function(*arguments)
+    return called
+
+  def compiled(self, name, index, mesh):
+    function, arguments = self.calls[name][index]
+    with sharding.use(mesh):
+      return function.lower(*arguments).compile()
+
+
+@pytest.mark.slow
+def test_the_plan_holds_what_the_run_holds(tmp_path, monkeypatch):
+  config = small_job('mesh=data=2,fsdp=2,tensor=2', 'loss.kl_coefficient=0.1',
+                     'training.mini_batches=2', f'out_dir={tmp_path / "run"}')
+  mesh = planner.planning_mesh(config.mesh)
+  _, (warm_start, grpo) = planner.estimate(config, mesh)
+  run = Recorder(monkeypatch)
+  job.run(config)
+  assert planned(warm_start.programs['update']) == memory(run.compiled('make_train_step', 0, mesh))
+  assert planned(grpo.programs['update']) == memory(run.compiled('make_train_step', 1, mesh))
+  assert planned(grpo.programs['log-probs']) == memory(
+      run.compiled('make_log_prob_step', 0, mesh))
+  state = run.calls['make_train_step'][1][1][0]
+  params = dry_run.bytes_per_device(state.params)
+  assert grpo.resident['parameters'] == grpo.resident['reference'] == params
+  assert grpo.resident['optimizer state, one batch'] == planned(
+      grpo.programs['update'])[0] - params
+
+
+def test_the_plan_holds_what_a_rollout_holds(monkeypatch):
+  rows = costs.Rows(prompts=4, prompt_tokens=16, group_size=2, completion_tokens=100)
+  mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2')
+  options = sampler.SamplingOptions(max_tokens=rows.completion_tokens, group_size=rows.group_size)
+  plan = dry_run.rollout(SMALL, options, mesh, rows)
+  run = Recorder(monkeypatch)
+  params = jax.jit(functools.partial(transformer.init, SMALL), out_shardings=sharding.tree_sharding(
+      mesh, hub.param_shapes(SMALL)))(jax.random.key(0))
+  sample = sampler.make_sampler(SMALL, options, mesh=mesh)
+  sample(params, types.Prompts(
+      tokens=np.ones((4, 16), np.int32), lengths=np.full(4, 9, np.int32),
+      ids=np.arange(4, dtype=np.int32), sample_ids=np.zeros((4, 2), np.int32)), jax.random.key(1))
+  assert plan.windows == (64,) * 4 + (112,) * 3
+  assert plan.own == tuple(run.outputs['own']) and len(plan.own) == 2
+  for part in ('store', 'weights', 'slots'):
+    assert [getattr(plan, part)] == run.outputs[part]
+  layers, batch, heads, width = SMALL.num_layers, 4 * 2 // 4, SMALL.num_kv_heads // 2, 112
+  assert plan.own[-1] == layers * 2 * batch * heads * SMALL.head_dim * width * 4
+  assert len(plan.windows) * plan.steps == sample.last_stats['steps']
+  for name, program in plan.programs.items():
+    assert planned(program) == memory(run.programs[name]), name
+  assert set(plan.programs) == {'weights', 'prefill', 'chunk'}
+  # Each half of a layer's heads and MLP makes a summand.
+  assert plan.programs['chunk'].received['all-reduce'] > 0
+
+
+def test_bfloat16_counts_in_what_is_kept_and_not_in_what_is_compiled():
+  rows = costs.Rows(prompts=8, prompt_tokens=16, group_size=2, completion_tokens=8)
+  mesh = sharding.make_mesh('fsdp=8')
+  half = presets.get('tiny', width=16, num_layers=2, mlp_width=32, dtype='bfloat16')
+  options = sampler.SamplingOptions(max_tokens=8, group_size=2)
+  wide, narrow = (dry_run.rollout(model, options, mesh, rows) for model in (
+      dry_run.compiled_dtype(half, mesh), half))
+  assert narrow.own[-1] * 2 == wide.own[-1] and narrow.store * 2 == wide.store
+  assert narrow.programs['chunk'].temporaries == wide.programs['chunk'].temporaries
+
+
+@pytest.fixture(scope='module')
+def tiny_plan():
+  return planner.plan(small_job('mesh=data=1,fsdp=4,tensor=2', 'warm_start.steps=0'))
+
+
+@pytest.mark.parametrize('line', [
+    '"num_prompts": 8', 'model   tiny: 0.8 M parameters', 'fsdp=4, tensor=2, planned on 8 cpu',
+    'lengths the longest of the data', 'stage grpo: 8 prompts x 2, up to 8 + ',
+    'optimizer state', 'update: gradients', 'KV cache of prompts', 'KV cache of completions',
+    'rollout: weights', 'peak, in ', 'prefill', 'decode', 'together', 'nothing was run',
+    '40% of the data sheet of H100'])
+def test_the_text_says(tiny_plan, line):
+  assert line in tiny_plan
+
+
+@pytest.mark.parametrize('assignments, message', [
+    (('mesh=fsdp=3',), 'does not split over data x fsdp = 3 devices'),
+    (('mesh=fsdp=four',), 'not axis=size'), (('mesh=model=8',), "unknown axis 'model'"),
+    (('mesh=fsdp=0',), 'must be positive'), (('mesh=fsdp=2,tensor=4',), 'tensor=4 does not divide'),
+    (('mesh=fsdp=-1,tensor=3',), 'there are 8 devices'),
+    (('algo=grpoo',), 'did you mean'), (('loss.clip=1',), 'no such hyperparameter'),
+    (('dataset=missing.jsonl',), 'missing.jsonl'), (('model=missing-model/',), 'missing-model'),
+    (('data.max_prompt_tokens=2', 'data.overlong=error'), 'longer than data.max_prompt_tokens=2'),
+    (('rollout.max_completion_tokens=2000',), 'do not fit into the 1024 positions'),
+])
+def test_what_cannot_run_is_not_planned(assignments, message):
+  with pytest.raises(settings.UserError, match=message):
+    planner.plan(small_job('warm_start.steps=0', *assignments))
+
+
+def test_a_stage_that_does_not_fit_says_what_to_change(monkeypatch):
+  mesh = sharding.make_mesh('fsdp=8')
+  stage = planner.StageEstimate(
+      'grpo', costs.Rows(8, 16, 2, 8), {'parameters': 60 * 2**30},
+      {'update': {'gradients': 2**30}, 'rollout': {'weights': 19 * 2**30}}, (), {})
+  assert stage.fullest == 'rollout' and stage.peak == 79 * 2**30
+  notes = '\n'.join(planner._notes(SMALL, mesh, planner.assumed_rates(SMALL, mesh), [stage]))
+  assert 'does not fit into 80 GiB' in notes and 'lower rollout.num_prompts' in notes
+
+
+def test_seconds_follow_from_the_tighter_of_computing_and_memory():
+  rates = planner.Rates('test', flops=100.0, bytes=10.0, link=1.0)
+  assert planner.Work('', flops=800.0, moved=10.0, received=0.0).seconds(rates, 4) == 2.0
+  assert planner.Work('', flops=800.0, moved=30.0, received=5.0).seconds(rates, 4) == 8.0
+
+
+def test_measured_rates_are_those_of_a_computer():
+  rates = planner.measured_rates()
+  assert 1e8 < rates.flops < 1e16 and 1e7 < rates.bytes < 1e14

@@ -1,0 +1,225 @@
+"""Every row of the table through the train step: no split and no mesh changes its update.
+
+Compiling a train step per row, split and mesh would take minutes, so one step trains many rows at
+once, each on parameters of its own: `[B, T]` becomes R blocks of T tokens, block r belongs to row r,
+and the loss is the sum of the rows' losses on their blocks. The gradient of row r's parameters is
+that of its loss alone.
+"""
+
+import functools
+import inspect
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ptjax import algorithms
+from ptjax import sharding
+from ptjax import types
+from ptjax.losses import modifiers
+from ptjax.training import algorithm
+from ptjax.training import state as training_state
+from ptjax.training import step as training_step
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import bigram
+
+VOCAB, P, G, T = 8, 8, 2, 4
+B = P * G
+
+# What the step cannot offer yet: outputs of a model beside the policy's log-probs and entropy.
+DECLARED = {
+    **dict.fromkeys(('kd', 'gkd', 'sdft', 'sdpo'), 'logits over the vocabulary, and a teacher\'s'),
+    **dict.fromkeys(('ppo', 'ppo_dual_clip'), "a critic's values"),
+    **dict.fromkeys(('reward_bt', 'reward_margin', 'reward_centred', 'reward_kwise', 'orm'),
+                    "a reward head's output"),
+    **dict.fromkeys(('prm', 'math_shepherd'), "a verifier's logits at the step separators"),
+    'preference_model': "a judge's logit",
+}
+
+# Losses that no sum over rows or pairs gives; these take every split on every mesh.
+WHOLE_BATCH = (
+    'kto', 'bco', 'kto_oxrl', 'mpo', 'aot', 'aot_unpaired', 'drdpo', 'betadpo', 'betadpo_oxrl',
+    'alpha_dpo', 'sampo', 'clip_cov', 'kl_cov', 'grpo+top_entropy', 'grpo+adaptive_entropy')
+
+# Makes each term count where the default switches it off, or selects nothing in so few tokens.
+OVERRIDES = {'kl_coefficient': 0.1, 'entropy_coefficient': 0.1, 'fraction': 0.3,
+             'covariance_low': 0.0, 'entropy_target': 9.0, 'drift_threshold': 0.0}
+
+
+def make_inputs():
+  """Every array a loss may name beside the model's outputs, and the mask [B, T]."""
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  uniform = lambda *shape: rng.uniform(size=shape).astype(np.float32)
+  log_probs = lambda *shape: -3.0 * uniform(*shape)
+  mask = lambda rows: np.arange(T) < rng.integers(1, T + 1, (rows, 1))
+  demonstration = np.arange(B) % G == 1
+  return mask(B), {
+      'old_log_probs': log_probs(B, T), 'reference_log_probs': log_probs(B, T),
+      'rollout_log_probs': log_probs(B, T), 'teacher_log_probs': log_probs(B, T),
+      'advantages': normal(B), 'rewards': uniform(B), 'truncated': uniform(B) < 0.3,
+      'demonstration': demonstration, 'from_rollouts': ~demonstration & (uniform(B) < 0.7),
+      'imitated': demonstration & (np.arange(B) < 6),
+      'off_policy': demonstration & (np.arange(B) > 10),
+      'labels': uniform(B) < 0.5, 'desirable_probabilities': uniform(B),
+      'mismatched_log_probs': log_probs(B, T), 'mismatched_loss_mask': mask(B),
+      'mismatched_reference_log_probs': log_probs(B, T) - 1.0,
+      # One number or one sequence per pair.
+      'chosen_scores': 1.0 + uniform(P), 'rejected_scores': uniform(P),
+      'chosen_win_probabilities': uniform(P), 'rejected_win_probabilities': uniform(P),
+      'reference_drew_chosen': uniform(P) < 0.5,
+      'chosen_sum_squares': log_probs(P, T), 'rejected_sum_squares': log_probs(P, T),
+      'demonstration_log_probs': log_probs(P, T), 'demonstration_loss_mask': mask(P),
+      'corrupted_log_probs': log_probs(P, T), 'corrupted_reference_log_probs': log_probs(P, T)}
+
+
+LOSS_MASK, INPUTS = make_inputs()
+BLOCKED = ('old_log_probs', 'rollout_log_probs')  # the step itself reads these beside the outputs
+OFFERED = {*INPUTS, *training_step.MODEL_OUTPUTS, 'loss_mask', 'pair', 'side', 'key'}
+
+
+def can_run(row):
+  first = next(iter(inspect.signature(row.loss).parameters))
+  return (first in ('log_probs', 'pair', 'side')
+          and set(training_step.required_inputs(row.loss)) <= OFFERED)
+
+
+NAMES = [name for name, row in algorithms.TABLE.items() if can_run(row)] + [
+    f'grpo+{modifier}' for modifier in modifiers.MODIFIERS]
+
+
+def test_every_row_is_tested_or_declared():
+  assert set(DECLARED) == set(algorithms.TABLE) - set(NAMES), 'all that cannot run, and no other'
+  assert set(WHOLE_BATCH) <= set(NAMES)
+
+
+@functools.lru_cache(None)
+def losses(names):
+  rows = [algorithms.get(name) for name in names]
+  return [algorithm.bind(row, {k: v for k, v in OVERRIDES.items()
+                               if k in row.hyperparameters()}).loss for row in rows]
+
+
+def joint_loss(names):
+  """The sum of the rows' losses, each on its block of tokens."""
+  def loss(log_probs, *, entropy, loss_mask, loss_state, key, **inputs):
+    total, metrics, states = 0.0, {}, {}
+    for i, (name, one) in enumerate(zip(names, losses(names))):
+      block = slice(i * T, (i + 1) * T)
+      batch = types.TokenBatch(
+          prompt_tokens=None, prompt_lengths=None, tokens=None, on_policy=None,
+          loss_mask=loss_mask[:, block],
+          inputs={n: x[:, block] if n in BLOCKED else x for n, x in inputs.items()})
+      outputs = {'log_probs': log_probs[:, block], 'entropy': entropy[:, block]}
+      value, _, states[name] = training_step.call(
+          one, outputs, batch, loss_state=loss_state[name], key=key)
+      total, metrics[f'value/{name}'] = total + value, value
+    return total, metrics, states
+  named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in (
+      'log_probs', 'entropy', 'loss_mask', 'loss_state', 'key', *INPUTS)]
+  loss.__signature__ = inspect.Signature(named)
+  return loss
+
+
+def forward(params, prompt_tokens, prompt_lengths, tokens):
+  """One bigram model per block."""
+  models = params['embed']['embedding']  # [R, V, V]
+  first = tokens[:, :T]  # all blocks hold the same tokens
+  previous = bigram.previous_tokens(prompt_tokens, prompt_lengths, first)
+  found = jax.vmap(lambda model: bigram.outputs(model[previous], first), out_axes=1)(models)
+  return jax.tree.map(lambda x: x.reshape(len(x), -1), found)
+
+
+def normalized_descent():
+  """Steps of length 1/2 per row, so that no row's updates drown in its parameters' rounding.
+
+  The state keeps the gradient norms, [R].
+  """
+  def update(grads, _, params=None):
+    del params
+    norms = jax.tree.map(lambda g: jnp.sqrt(jnp.square(g).sum((1, 2), keepdims=True)), grads)
+    steps = jax.tree.map(lambda g, n: -0.5 * g / jnp.maximum(n, 1e-30), grads, norms)
+    return steps, jax.tree.map(lambda n: n[:, 0, 0], norms)
+  return optax.GradientTransformation(
+      lambda params: jax.tree.map(lambda p: jnp.zeros(p.shape[0]), params), update)
+
+
+def make_batch(blocks):
+  rng = np.random.default_rng(1)
+  tile = lambda x: np.tile(x, (1, blocks))
+  return types.TokenBatch(
+      prompt_tokens=rng.integers(0, VOCAB, (P, 3)).astype(np.int32),
+      prompt_lengths=rng.integers(1, 4, P).astype(np.int32),
+      tokens=tile(rng.integers(0, VOCAB, (B, T)).astype(np.int32)),
+      loss_mask=tile(LOSS_MASK), on_policy=np.asarray(False),
+      inputs={n: tile(x) if n in BLOCKED else x for n, x in INPUTS.items()})
+
+
+@functools.lru_cache(None)
+def trained(names, micro_batches, on_mesh):
+  """Two steps of all rows at once; what each made of each row, `[{row: {what: array}}] * 2`."""
+  optimizer, mesh, shardings = normalized_descent(), None, None
+  params = {'embed': {'embedding': np.random.default_rng(2).normal(
+      size=(len(names), VOCAB, VOCAB)).astype(np.float32)}}
+  start = {n: training_step.initial_loss_state(loss) for n, loss in zip(names, losses(names))}
+  state = training_state.init(jax.tree.map(jnp.asarray, params), optimizer, start)
+  if on_mesh:
+    mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2')
+    shardings = training_state.shardings(mesh, params, optimizer, start)
+    state = jax.device_put(state, shardings)
+  step = training_step.make_train_step(
+      forward, joint_loss(names), optimizer, micro_batches=micro_batches, mesh=mesh,
+      state_sharding=shardings)
+  steps = []
+  for _ in range(2):
+    state, metrics = step(state, training_step.place(make_batch(len(names)), mesh))
+    found, metrics = sharding.fetch((state, metrics))
+    models, norms = found.params['embed']['embedding'], found.opt_state['embed']['embedding']
+    steps.append({name: {
+        'parameters': models[i], 'gradient norm': norms[i], 'value': metrics[f'value/{name}'],
+        'state': found.loss_state[name]} for i, name in enumerate(names)})
+  return steps
+
+
+def assert_same_updates(names, micro_batches, on_mesh):
+  want, got = (trained(names, *how) for how in ((1, False), (micro_batches, on_mesh)))
+  # Sums of a few dozen float32 in another order; parameters are of order 1.
+  close = functools.partial(np.allclose, rtol=1e-5, atol=5e-6)
+  differ = {(name, what) for before, after in zip(want, got) for name in names
+            for what in before[name]
+            if not jax.tree.all(jax.tree.map(close, after[name][what], before[name][what]))}
+  assert not differ
+
+
+SPLITS = [(2, False), (4, False), (1, True), (2, True), (4, True)]
+IDS = [f'{parts} parts, {8 if on_mesh else 1} devices' for parts, on_mesh in SPLITS]
+
+
+@pytest.mark.parametrize('split', [SPLITS[1], SPLITS[3]], ids=[IDS[1], IDS[3]])
+def test_whole_batch_losses_do_not_depend_on_the_split(split):
+  assert_same_updates(WHOLE_BATCH, *split)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('split', SPLITS, ids=IDS)
+def test_no_loss_depends_on_the_split(split):
+  assert_same_updates(tuple(NAMES), *split)
+
+
+@pytest.mark.parametrize('name', WHOLE_BATCH)
+def test_statistics_are_carried_and_every_update_is_real(name):
+  """Otherwise the comparisons above would compare nothing with nothing."""
+  first, second = (step[name] for step in trained(WHOLE_BATCH, 1, False))
+  assert first['gradient norm'] > 1e-4 and np.isfinite(first['parameters']).all()
+  assert np.abs(second['parameters'] - first['parameters']).max() > 0.01
+  start = losses((name,))[0]
+  for before, now, later in zip(jax.tree.leaves(training_step.initial_loss_state(start)),
+                                jax.tree.leaves(first['state']), jax.tree.leaves(second['state'])):
+    if name in ('mpo', 'bco') and now == 0.0:
+      continue  # a cumulative mean keeps no standard deviation
+    assert before != now != later

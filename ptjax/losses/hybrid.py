@@ -192,7 +192,7 @@ def srft_loss(log_probs, *, advantages, rewards, demonstration, loss_mask, entro
   Source: arXiv:2506.19767, eq. 11. The authors' code weighs the NLL by e^{+H}; the paper, and this,
   by e^{-H}.
   """
-  entropy = jax.lax.stop_gradient(masking.clean(loss_mask, entropy=entropy))
+  entropy = masking.clean(loss_mask, entropy=entropy)  # enters weights alone: no gradient
   mean_entropy = entropy.sum(axis=1) / masking.lengths(loss_mask, entropy.dtype)  # [B]
   reduce = _per_length(max_completion_tokens)
   rollout_weights = jnp.where(

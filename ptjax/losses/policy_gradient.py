@@ -295,7 +295,8 @@ def kl_cov_loss(log_probs, *, old_log_probs, advantages, loss_mask, penalty_coef
                 fraction=2e-4):
   """KL-Cov: no clip; the tokens of highest covariance pay c · |log π - log π_old|.
 
-  max(1, floor(fraction · tokens)) tokens pay; c is `penalty_coefficient`. Source: arXiv:2505.22617, eq. 12.
+  max(1, floor(fraction · tokens)) tokens pay; c is `penalty_coefficient`.
+  Source: arXiv:2505.22617, eq. 12.
   """
   masking.non_negative(penalty_coefficient=penalty_coefficient)
   log_probs, old_log_probs = masking.clean(

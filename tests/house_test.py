@@ -15,6 +15,7 @@ FLOORS = {
     'training': 4, 'evaluation': 4,
     'assembly': 5, 'job': 5, 'planner': 5, 'dry_run': 5, 'collectives': 5,
     'launch': 5,
+    'inspect': 5,
 }
 HOMES = {  # outside package -> where it may be imported
     'absl.flags': ('launch',),
@@ -22,7 +23,7 @@ HOMES = {  # outside package -> where it may be imported
     'orbax': ('training/checkpoint',),
     'tensorboardX': ('training/metrics',),
     'math_verify': ('rewards/',),
-    'matplotlib': ('training/report',),
+    'matplotlib': ('inspect/picture',),
     'torch': (),
 }
 

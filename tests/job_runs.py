@@ -109,6 +109,13 @@ def metrics(out_dir, timing=False):
            if timing or not name.startswith(_TIMING)} for line in lines]
 
 
+def samples(out_dir):
+  """What was drawn and what it earned, by samples.jsonl; rounding shows in none of it."""
+  names = ('step', 'prompt', 'completion', 'reward', 'rewards', 'completion_tokens', 'truncated')
+  lines = (pathlib.Path(out_dir) / 'samples.jsonl').read_text().splitlines()
+  return [{name: json.loads(line)[name] for name in names} for line in lines]
+
+
 def weights(out_dir):
   """The tensors of the exported model, by name."""
   return safetensors.numpy.load_file(pathlib.Path(out_dir) / 'model' / 'model.safetensors')

@@ -27,8 +27,9 @@ def log_probs(config, params, prompt_tokens, prompt_lengths, tokens, *, temperat
     with_entropy: whether to return the entropy too (differentiable).
     chunk: tokens of each completion whose logits are held at once; None: about 512 / B.
   Returns:
-    {'log_probs': [B, T] float32, nats: `[b, t]` scores `tokens[b, t]`; 'entropy': [B, T] float32,
-    nats, of the distribution that token was drawn from}. Finite and without meaning on padding.
+    {'log_probs': [B, T] float32, nats: `[b, t]` scores `tokens[b, t]`; 'likeliest': [B, T] bool,
+    whether no token is likelier; 'entropy': [B, T] float32, nats, of the distribution that token
+    was drawn from}. Finite and without meaning on padding.
   """
   (p, s), (b, t) = prompt_tokens.shape, tokens.shape
   if b % p:
@@ -88,13 +89,14 @@ def _predicting(hidden, prompt_lengths, prompt_width, group_size):
 
 
 def _scores(logits, tokens, with_entropy):
-  """Log-probs (and entropy) [B, chunk] of `tokens` under logits [B, chunk, V]."""
+  """What `log_probs` returns, [B, chunk], of `tokens` under logits [B, chunk, V]."""
   logits = logits - lax.stop_gradient(logits.max(-1, keepdims=True))
   log_total = jnp.log(jnp.exp(logits).sum(-1))
   # A comparison instead of a gather: it stays local where the vocabulary is split over devices,
   # its gradient is elementwise, not a scatter, and an id out of range hits nothing.
   hit = tokens[..., None] == jnp.arange(logits.shape[-1])[None, None]
-  scores = {'log_probs': jnp.sum(logits, axis=-1, where=hit) - log_total}
+  own = jnp.sum(logits, axis=-1, where=hit)  # at most 0, as the largest is subtracted
+  scores = {'log_probs': own - log_total, 'likeliest': own == 0.0}
   if with_entropy:
     probs = jnp.exp(logits - log_total[..., None])
     scores['entropy'] = log_total - jnp.sum(probs * logits, axis=-1)

@@ -106,18 +106,16 @@ def assemble(prompts, rollouts, *, scored, mask_truncated=False, reuse_log_probs
     rollouts: types.Rollouts with NumPy leaves, B rows.
     scored: [B] bool; completions without a reward do not train.
     mask_truncated: whether completions cut off by the length limit do not train.
-    reuse_log_probs: whether the sampler's log-probs are the old ones; else the trainer's are.
+    reuse_log_probs: whether the sampler's log-probs are the old ones; else the trainer's are, its
+      own while on-policy and later those that `Collector` adds as `old_log_probs`.
   Returns:
     types.TokenBatch with NumPy leaves.
   """
   keep = scored & ~rollouts.truncated if mask_truncated else scored
-  inputs = {'rollout_log_probs': rollouts.log_probs}
-  if reuse_log_probs:
-    inputs['old_log_probs'] = rollouts.log_probs
   return types.TokenBatch(
       prompt_tokens=prompts.tokens, prompt_lengths=prompts.lengths, tokens=rollouts.tokens,
       loss_mask=rollouts.loss_mask & keep[:, None], on_policy=np.asarray(not reuse_log_probs),
-      inputs=inputs)
+      inputs={'rollout_log_probs': rollouts.log_probs})
 
 
 def rollout_metrics(table, rollouts, group_size):
@@ -201,9 +199,10 @@ class Collector:
     if self.reference_log_probs is not None:
       batch.inputs['reference_log_probs'] = self.reference_log_probs(batch)
     if self.estimator is not None:
+      arrays = {'old_log_probs': rollouts.log_probs, **batch.inputs}
       batch.inputs['advantages'] = estimate_advantages(
           self.estimator, table.total, table.scored, group_size=group,
-          loss_mask=batch.loss_mask, **batch.inputs)
+          loss_mask=batch.loss_mask, **arrays)
     clock.lap('log_probs')
     tokens = int(rollouts.loss_mask.sum())
     metrics = {

@@ -55,9 +55,9 @@ class RolloutSource:
 
     How far sampler and trainer are apart is seen by a rollout's first update: later ones have
     moved the policy. They see it again only where old log-probs were recomputed before the first;
-    with the sampler's own in their place, what the first update saw stands for all.
+    else what the first update saw stands for all.
     """
-    if self._experience.batch.on_policy:
+    if 'old_log_probs' in self._experience.batch.inputs:
       return
     seen = self._experience.metrics if step % self.updates_per_rollout else metrics
     seen = {name: value for name, value in seen.items() if name.startswith('sampling/')}

@@ -199,31 +199,37 @@ def place(batch, mesh):
 
 
 def with_old_log_probs(batch, outputs):
-  """Fills in `old_log_probs` where the policy has not moved since the rollout.
+  """Fills in `old_log_probs`.
 
-  Then they are the policy's own log-probs, so the ratio is exactly 1 and no extra forward pass is
-  paid. A batch whose old log-probs are the sampler's (`rollout.reuse_log_probs`) keeps them.
+  While the policy has not moved since the rollout they are its own, so the ratio is exactly 1 and
+  no extra forward pass is paid. Afterwards they are those recomputed before the first update or,
+  with `rollout.reuse_log_probs`, from the start, those of the sampler.
   """
   own = jax.lax.stop_gradient(outputs['log_probs'])
-  recorded = batch.inputs.get('old_log_probs')
+  recorded = batch.inputs.get('old_log_probs', batch.inputs.get('rollout_log_probs'))
   old = own if recorded is None else jnp.where(batch.on_policy, own, recorded)
   return batch.replace(inputs={**batch.inputs, 'old_log_probs': old})
 
 
 def batch_metrics(outputs, batch):
-  """Entropy, and how far the sampler's log-probs are from the trainer's.
+  """Entropy; of demonstrations the accuracy; of rollouts how far sampler and trainer are apart.
 
+  `mean_token_accuracy` is the fraction of tokens that are the policy's likeliest.
   `sampling/log_prob_gap_max` (nats) and `sampling/effective_sample_size` (a fraction, of the
   sequence weights trainer / sampler) compare the same weights on the first update of a rollout,
-  and on later ones through the old log-probs recomputed before it. Without those, the later
-  numbers compare a moved policy, and `online.RolloutSource.complete` puts the first in their place.
+  and on later ones where old log-probs were recomputed before it. Without those the later numbers
+  are of a moved policy, and `online.RolloutSource.complete` puts the first in their place.
   """
   mask = batch.loss_mask
   count = jnp.maximum(mask.sum(), 1)
   metrics = {'entropy': jnp.where(mask, outputs['entropy'], 0.0).sum() / count}
   rollout = batch.inputs.get('rollout_log_probs')
+  if rollout is None and 'likeliest' in outputs:
+    metrics['mean_token_accuracy'] = (mask & outputs['likeliest']).sum() / count
   if rollout is not None:
-    trainer = with_old_log_probs(batch, outputs).inputs['old_log_probs']
+    trainer = outputs['log_probs']
+    if 'old_log_probs' in batch.inputs:
+      trainer = jnp.where(batch.on_policy, trainer, batch.inputs['old_log_probs'])
     gap = jnp.where(mask, trainer - rollout, 0.0)  # [B, T]
     weights = jnp.exp(jnp.clip(gap.sum(-1), -20.0, 20.0))  # [B]
     metrics['sampling/log_prob_gap_max'] = jnp.abs(gap).max()

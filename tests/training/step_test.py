@@ -137,6 +137,11 @@ def test_gap_between_sampler_and_trainer_is_measured():
   _, metrics = take_step(ratio_loss, make_batch(rollout_log_probs=shifted))
   np.testing.assert_allclose(metrics['sampling/log_prob_gap_max'], 0.25, rtol=1e-5)
   assert metrics['sampling/effective_sample_size'] < 1.0
+  # The sampler's log-probs are the denominator, and still the trainer's own are compared.
+  reused = make_batch(rollout_log_probs=shifted).replace(on_policy=np.asarray(False))
+  _, metrics = take_step(ratio_loss, reused)
+  np.testing.assert_allclose(metrics['sampling/log_prob_gap_max'], 0.25, rtol=1e-5)
+  np.testing.assert_allclose(metrics['ratio_min'], np.exp(-0.25), rtol=1e-5)
   _, metrics = take_step(ratio_loss, make_batch(rollout_log_probs=np.asarray(exact)))
   assert metrics['sampling/log_prob_gap_max'] == 0.0
   np.testing.assert_allclose(metrics['sampling/effective_sample_size'], 1.0, rtol=1e-6)

@@ -3,6 +3,8 @@
 Everything that can be wrong with a config or its files is found here, before the first compile.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import os
@@ -84,6 +86,21 @@ def start_processes(coordinator, num_processes, process_id):
   if any(value is None for value in given):
     raise settings.UserError('--coordinator, --num_processes and --process_id go together')
   jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def keep_freed_memory():
+  """Tells glibc to keep what is freed instead of giving it back to the system at once.
+
+  XLA on CPU frees its large temporaries after every call; touching them anew each step costs page
+  faults (measured on the default job: a fifth of all CPU time, and up to half of the wall time).
+  Does nothing where the C library has no `mallopt`.
+  """
+  mmap_threshold, trim_threshold, top_pad = -3, -1, -2
+  with contextlib.suppress(OSError, AttributeError):
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 10**9)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    libc.mallopt(top_pad, 2**26)
 
 
 def use_compile_cache(folder):

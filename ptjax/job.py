@@ -42,6 +42,7 @@ def run(config, *, argv=None):
     UserError: something the user can set right; found before training where possible.
     TrainingFailed, or what a stage raised; the traceback is then in error.txt.
   """
+  assembly.keep_freed_memory()
   assembly.use_compile_cache(config.log.compile_cache)
   mesh = sharding.make_mesh(config.mesh)
   plans = assembly.stage_plans(config)

@@ -99,6 +99,9 @@ def main(argv):
   except (settings.UserError, flags.Error) as error:
     print(f'ptjax: {error}', file=sys.stderr)
     return 2
+  except KeyboardInterrupt:  # before training, or a second time while the first is obeyed
+    print('ptjax: interrupted', file=sys.stderr)
+    return 130
   except Exception as error:  # the one place that turns a failure into an exit code
     notes = getattr(error, '__notes__', [])
     if not notes:  # it failed before there was a folder for the traceback

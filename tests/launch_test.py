@@ -291,6 +291,7 @@ def test_rewards_that_are_none(judged, tmp_path, letter, words):
   assert (code, out, len(lines)) == (2, '', 1)
   assert f"reward 'judge': {words}" in lines[0]
   assert not (tmp_path / 'run' / 'error.txt').exists()
+  assert checkpoints(tmp_path / 'run') == []  # nothing was learned that a new setting would lose
 
 
 @pytest.mark.slow

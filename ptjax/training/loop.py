@@ -162,13 +162,16 @@ def run(stage, state, source, train_step, *, record, save, evaluate=None, eval_e
       checkpoint(step + 1)
     return stops
 
-  for step in range(int(sharding.fetch(state.step)), stage.steps):
+  first = int(sharding.fetch(state.step))
+  for step in range(first, stage.steps):
     try:
       stops = take_step(step)
     except Exception:
       with contextlib.suppress(Exception):  # the first error is the one to report
         report()
-        checkpoint(int(sharding.fetch(state.step)))
+        taken = int(sharding.fetch(state.step))
+        if taken > first:  # else there is nothing to save, and settings may still change
+          checkpoint(taken)
       raise
     if stops:
       return state, step + 1 == stage.steps

@@ -224,11 +224,10 @@ def _try_group_of_one(plan):
   try:
     experience.estimate_advantages(
         binding.bind(plan.row, plan.hyperparameters).estimator, np.zeros(2), np.ones(2, bool),
-        group_size=1, loss_mask=np.ones((2, 1), bool))
+        group_size=1, loss_mask=np.ones((2, 1), bool), old_log_probs=np.zeros((2, 1)),
+        reference_log_probs=np.zeros((2, 1)))
   except ValueError as error:
     raise settings.UserError(f'rollout.group_size=1: {error}') from None
-  except TypeError:
-    pass  # it wants log-probs or values as well, and no group
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""From a rollout to a batch: who trains, with which advantage, and in which piece."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from ptjax import config as settings
+from ptjax import types
+from ptjax.pieces import advantage
+from ptjax.pieces import returns
+from ptjax.rewards import combine
+from ptjax.training import experience
+
+P, G, S, T = 4, 2, 3, 5
+B = P * G
+LENGTHS = np.array([5, 2, 1, 5, 3, 4, 5, 2])
+TRUNCATED = np.array([True, False, False, False, False, False, True, False])
+
+
+@pytest.fixture
+def prompts():
+  rng = np.random.default_rng(0)
+  return types.Prompts(
+      tokens=rng.integers(4, 9, (P, S)).astype(np.int32), lengths=np.array([1, 3, 2, 3], np.int32),
+      ids=np.arange(P, dtype=np.int32), sample_ids=np.tile(np.arange(G, dtype=np.int32), (P, 1)))
+
+
+@pytest.fixture
+def rollouts():
+  rng = np.random.default_rng(1)
+  return types.Rollouts(
+      tokens=rng.integers(4, 9, (B, T)).astype(np.int32), loss_mask=np.arange(T) < LENGTHS[:, None],
+      log_probs=-rng.random((B, T)).astype(np.float32), truncated=TRUNCATED)
+
+
+def test_every_generated_token_trains_the_stop_token_included(prompts, rollouts):
+  batch = experience.assemble(prompts, rollouts, scored=np.ones(B, bool))
+  np.testing.assert_array_equal(batch.loss_mask.sum(1), LENGTHS)
+  assert batch.on_policy and set(batch.inputs) == {'rollout_log_probs'}
+
+
+def test_completions_without_a_reward_do_not_train(prompts, rollouts):
+  scored = np.arange(B) != 3
+  batch = experience.assemble(prompts, rollouts, scored=scored)
+  np.testing.assert_array_equal(batch.loss_mask.sum(1), np.where(scored, LENGTHS, 0))
+  batch = experience.assemble(prompts, rollouts, scored=scored, mask_truncated=True)
+  np.testing.assert_array_equal(
+      batch.loss_mask.sum(1), np.where(scored & ~TRUNCATED, LENGTHS, 0))
+
+
+def test_advantages_ignore_what_was_not_scored():
+  rewards = np.array([1.0, 0.0, np.nan, 3.0, 2.0, 2.0, np.nan, np.nan])
+  found = experience.estimate_advantages(
+      advantage.group_centred, rewards, ~np.isnan(rewards), group_size=2)
+  # A lone opinion has nothing to compare with: its group's mean is itself.
+  np.testing.assert_allclose(found, [0.5, -0.5, 0, 0, 0, 0, 0, 0])
+  assert found.dtype == np.float32
+
+
+def test_estimators_get_the_arrays_they_name():
+  rewards, scored = np.arange(4.0), np.array([True, True, True, False])
+  def estimator(rewards, *, loss_mask, scale=1.0):
+    return scale * loss_mask * rewards[:, None]
+  found = experience.estimate_advantages(
+      functools.partial(estimator, scale=2.0), rewards, scored, group_size=2,
+      loss_mask=np.ones((4, 3), np.float32), unused=None)
+  np.testing.assert_allclose(found, 2 * np.array([0, 1, 2, 0.0])[:, None] * np.ones((4, 3)))
+  found = experience.estimate_advantages(
+      returns.whitened_to_go, rewards, np.ones(4, bool), group_size=2,
+      loss_mask=np.ones((4, 3), bool), old_log_probs=np.zeros((4, 3)),
+      reference_log_probs=np.zeros((4, 3)), rollout_log_probs=None)
+  assert found.shape == (4, 3)
+
+
+def test_rollout_metrics_by_hand(rollouts):
+  values = np.array([[1.0, 0], [0, 0], [np.nan, 1], [3, 1], [2, 2], [2, 2], [np.nan, np.nan],
+                     [np.nan, np.nan]])
+  scored = ~np.isnan(values).all(1)
+  table = combine.RewardTable(
+      names=('a', 'b'), values=values, total=np.where(scored, np.nansum(values, 1), np.nan),
+      scored=scored, report={}, seconds={})
+  metrics = experience.rollout_metrics(table, rollouts, G)
+  totals = np.array([[1, 0], [1, 4], [4, 4]])
+  deviations = totals.std(1, ddof=1)
+  assert metrics['reward'] == pytest.approx(totals.mean())
+  assert metrics['reward_std'] == pytest.approx(deviations.mean())
+  assert metrics['frac_reward_zero_std'] == pytest.approx(1 / 3)
+  assert metrics['rewards/a/mean'] == pytest.approx(8 / 5)
+  assert metrics['rewards/b/std'] == pytest.approx(np.std([0, 0, 1, 1, 2, 2], ddof=1))
+  assert metrics['completions/mean_length'] == LENGTHS.mean()
+  assert (metrics['completions/min_length'], metrics['completions/max_length']) == (1, 5)
+  assert metrics['completions/clipped_ratio'] == 0.25
+
+
+def test_no_reward_metric_where_nothing_was_scored(rollouts):
+  table = combine.RewardTable(
+      names=('a',), values=np.full((B, 1), np.nan), total=np.full(B, np.nan),
+      scored=np.zeros(B, bool), report={}, seconds={})
+  assert not [n for n in experience.rollout_metrics(table, rollouts, G) if n.startswith('reward')]
+
+
+@pytest.mark.parametrize('count', [1, 2, 4])
+def test_mini_batches_of_an_epoch_are_a_partition_of_whole_groups(prompts, rollouts, count):
+  whole = experience.assemble(prompts, rollouts, scored=np.ones(B, bool))
+  whole.inputs['advantages'] = np.arange(B, dtype=np.float32)
+  def cut(epoch, rollout=0):
+    return [experience.mini_batch(whole, index=i, count=count, seed=0, rollout=rollout,
+                                  epoch=epoch, on_policy=i == 0) for i in range(count)]
+  parts = cut(0)
+  rows = np.concatenate([part.inputs['advantages'] for part in parts]).astype(int)
+  np.testing.assert_array_equal(np.sort(rows), np.arange(B))
+  for part in parts:
+    assert part.prompt_tokens.shape[0] == P // count
+    chosen = part.inputs['advantages'].astype(int)
+    np.testing.assert_array_equal(part.tokens, whole.tokens[chosen])
+    np.testing.assert_array_equal(part.prompt_tokens, whole.prompt_tokens[chosen[::G] // G])
+    np.testing.assert_array_equal(chosen[1::G], chosen[::G] + 1)
+  assert [bool(part.on_policy) for part in parts] == [True] + [False] * (count - 1)
+  orders = {tuple(np.concatenate([part.inputs['advantages'] for part in cut(epoch, rollout)]))
+            for epoch in range(3) for rollout in range(3)}
+  assert len(orders) > 1 or count == 1  # another order in other epochs and rollouts
+
+
+def test_texts_stop_where_the_mask_stops(rollouts):
+  class Tokenizer:
+    def batch_decode(self, rows, skip_special_tokens):
+      assert skip_special_tokens
+      return [' '.join(map(str, row)) for row in rows]
+  found = experience.texts(rollouts, Tokenizer())
+  assert [len(text.split()) for text in found] == LENGTHS.tolist()
+  assert found[1] == f'{rollouts.tokens[1, 0]} {rollouts.tokens[1, 1]}'
+
+
+def test_scores_come_with_every_column():
+  def judge(prompts, completions, answer, **columns):
+    return [float(c == a) for c, a in zip(completions, answer)]
+  with combine.load([judge]) as rewards:
+    table = experience.score(rewards, ['p'] * 3, ['1', '2', '3'], {'answer': ['1', '1', '3']})
+  np.testing.assert_array_equal(table.total, [1, 0, 1])
+  def down(prompts, completions):
+    raise OSError('down')
+  with combine.load([down]) as rewards, pytest.raises(settings.UserError, match='down'):
+    experience.score(rewards, ['p'], ['1'], {})

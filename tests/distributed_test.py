@@ -2,7 +2,9 @@
 
 import pathlib
 import socket
+import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -11,14 +13,56 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import job_runs
 
 
-def start_pair(argv):
-  """Starts two processes of two devices each that make one run."""
+def free_port():
   with socket.socket() as probe:
     probe.bind(('localhost', 0))
-    port = probe.getsockname()[1]
+    return probe.getsockname()[1]
+
+
+def start_pair(argv):
+  """Starts two processes of two devices each that make one run."""
+  port = free_port()
   return [job_runs.start([*argv, f'--coordinator=localhost:{port}', '--num_processes=2',
                           f'--process_id={rank}'], devices=2, optimize=False)
           for rank in range(2)]
+
+
+SHARING = textwrap.dedent('''
+    import os, signal, sys
+    import jax
+    import numpy as np
+    rank = int(sys.argv[2])
+    jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, rank)
+    from ptjax import sharding
+    from ptjax.training import loop
+    whole = np.random.default_rng(0).normal(size=(5, 2))
+    whole[3] = np.nan
+    mine = sharding.local_rows(5)
+    assert (mine.stop - mine.start) == (3, 2)[rank]
+    for array in (whole, whole[:, 0], whole > 0, whole.astype(np.float32)):
+      together = sharding.gather_rows(array[mine], 5)
+      assert together.dtype == array.dtype and together.tobytes() == array.tobytes()
+    one = whole[:1]  # process 1 has no row of it
+    assert sharding.gather_rows(one[sharding.local_rows(1)], 1).tobytes() == one.tobytes()
+    values = sharding.gather_json({'rank': rank, 'text': 'ä' * (3 + 40 * rank), 'none': None})
+    assert [v['rank'] for v in values] == [0, 1] and len(values[1]['text']) == 43
+    with loop.Interrupt() as interrupt:
+      assert not interrupt.agreed()
+      if rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+      assert interrupt.agreed()  # one is asked, both stop
+    print('done', flush=True)
+''')
+
+
+@pytest.mark.slow
+def test_rows_objects_and_a_signal_reach_every_process():
+  port = free_port()
+  pair = [subprocess.Popen(
+      [sys.executable, '-c', SHARING, str(port), str(rank)], stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, text=True, env=job_runs.environment()) for rank in range(2)]
+  for process in pair:
+    assert 'done' in job_runs.finish(process)[0]
 
 
 # Fails in process 1 alone, on the second rollout, while a file named `down` lies beside it.

@@ -67,19 +67,19 @@ def launch_here(argv, devices=1):
     jax.config.update('jax_compilation_cache_dir', cache)
 
 
-def start(argv, *, devices=1, optimize=True):
-  """Starts `python -m ptjax.launch` as a user does; returns the Popen, its output in pipes.
-
-  Without `optimize` programs compile in less time and run in more.
-  """
+def environment(devices=1, optimize=True):
+  """The variables of a process with some CPU devices; without `optimize` it compiles faster."""
   flags = f'--xla_force_host_platform_device_count={devices}'
   if not optimize:
     flags += ' --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
-  environment = {**os.environ, 'PYTHONPATH': str(REPOSITORY), 'JAX_PLATFORMS': 'cpu',
-                 'XLA_FLAGS': flags}
+  return {**os.environ, 'PYTHONPATH': str(REPOSITORY), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
+
+
+def start(argv, *, devices=1, optimize=True):
+  """Starts `python -m ptjax.launch` as a user does; returns the Popen, its output in pipes."""
   return subprocess.Popen(
       [sys.executable, '-m', 'ptjax.launch', *argv], stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE, text=True, env=environment)
+      stderr=subprocess.PIPE, text=True, env=environment(devices, optimize))
 
 
 def finish(process, code=0, timeout=300):

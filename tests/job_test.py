@@ -123,6 +123,27 @@ def test_the_same_seed_gives_the_same_run_and_another_another(run):
 
 
 @pytest.mark.slow
+def test_a_finished_run_can_be_extended_and_is_else_left_alone(run):
+  before = job_runs.metrics(run('extended'), timing=True)
+  assert job_runs.metrics(run('extended', '--steps=4'), timing=True) == before
+  after = job_runs.metrics(run('extended', '--steps=6'), timing=True)
+  assert after[:5] == before and [r['step'] for r in after] == [0, 1, 2, 3, 4, 5, 6]
+  assert (run('extended') / 'report.html').stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('algo', [
+    'rloo',  # a reference in its advantage
+    'reinforce_pp',  # advantages per token
+    'clip_cov',  # draws at random
+    'grpo+tis'])  # corrects for the sampler
+def test_other_algorithms_train(run, algo):
+  records = job_runs.metrics(run(algo, f'--algo={algo}', loss__kl_coefficient=None))
+  assert [r['step'] for r in records] == [0, 1, 2, 3, 4]
+  assert all(r['grad_norm'] > 0 and 'bad_steps' not in r for r in records[1:])
+
+
+@pytest.mark.slow
 def test_the_first_update_of_a_rollout_is_exactly_on_policy(run):
   records = job_runs.metrics(run('base'))[1:]
   ratios = [r['pieces/ratio_mean'] for r in records]

@@ -153,9 +153,12 @@ def stage_plans(config):
             config.optimizer, learning_rate=config.warm_start.learning_rate),
         hyperparameters={}, batch_size=config.warm_start.batch_size))
     first = config.warm_start.steps
+  hyperparameters = dict(config.loss)
+  if 'max_completion_tokens' in row.hyperparameters():  # Dr. GRPO's divisor is the sampler's limit
+    hyperparameters.setdefault('max_completion_tokens', config.rollout.max_completion_tokens)
   plans.append(StagePlan(
       stage=loop.Stage(row.name, len(plans), first, config.training.steps), row=row,
-      optimizer=config.optimizer, hyperparameters=dict(config.loss),
+      optimizer=config.optimizer, hyperparameters=hyperparameters,
       batch_size=config.training.batch_size))
   return plans
 

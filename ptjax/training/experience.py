@@ -78,18 +78,15 @@ def estimate_advantages(estimator, rewards, scored, *, group_size, **arrays):
 
   Args:
     estimator: function of `rewards` [B] and, by name, `group_size` and any of `arrays`.
-    rewards: [B] float; what stands where not `scored` is replaced by its group's mean.
+    rewards: [B] float; what stands where not `scored` is not read.
     scored: [B] bool.
     group_size: completions per prompt.
     **arrays: `loss_mask`, `old_log_probs`, ... [B, T] each.
   Returns:
     [B] or [B, T] float32, 0 where not scored.
   """
-  grouped = np.where(scored, rewards, np.nan).reshape(-1, group_size)
-  counts = scored.reshape(-1, group_size).sum(1, keepdims=True)
-  means = np.nansum(grouped, 1, keepdims=True) / np.maximum(counts, 1)
-  filled = np.where(np.isnan(grouped), means, grouped).reshape(-1).astype(np.float32)
-  offered = {'rewards': jnp.asarray(filled), 'group_size': group_size, **arrays}
+  unknown = np.where(scored, rewards, np.nan).astype(np.float32)  # NaN is no opinion
+  offered = {'rewards': jnp.asarray(unknown), 'group_size': group_size, **arrays}
   names = inspect.signature(estimator).parameters
   bound = estimator.keywords if isinstance(estimator, functools.partial) else {}
   advantages = np.asarray(

@@ -275,7 +275,7 @@ record('spo', lambda w, l, at, **hyper: _spo(w, l, **hyper)[0],
        lambda w, l, **hyper: _spo(w, l, **hyper)[1:])
 
 
-def _tail_weights(x, other, alpha):
+def tail_weights(x, other, alpha):
   """1 on the first min(n, n_other) response tokens, alpha on the rest: [B, T]."""
   position = np.cumsum(x.loss_mask, axis=1)
   return np.where(position <= np.minimum(x.n, other.n)[:, None], 1.0, alpha)
@@ -284,10 +284,10 @@ def _tail_weights(x, other, alpha):
 def _ld_gap(w, l, alpha):
   def total(x, other):
     ratio = np.where(x.loss_mask, x.log_probs - x.reference_log_probs, 0.0)
-    return (ratio * _tail_weights(x, other, alpha)).sum(axis=1)
+    return (ratio * tail_weights(x, other, alpha)).sum(axis=1)
   return total(w, l) - total(l, w)
 
 
 logistic_row('ld_dpo', lambda w, l, at, beta, alpha: beta * _ld_gap(w, l, alpha),
-             lambda w, l, beta, alpha: (beta * _tail_weights(w, l, alpha).T,
-                                        -beta * _tail_weights(l, w, alpha).T))
+             lambda w, l, beta, alpha: (beta * tail_weights(w, l, alpha).T,
+                                        -beta * tail_weights(l, w, alpha).T))

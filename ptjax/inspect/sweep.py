@@ -25,29 +25,31 @@ class Curve:
   unit: str
 
 
-def curve(inspection, points=201):
+def curve(inspection, points=201, reach=None):
   """Moves the policy and takes the weights again; all else, advantages included, stays.
 
   A loss with `old_log_probs` is followed over the ratio, the same for all tokens; another loss of
   `log_probs` over the probability of the token. Weights are in units of the mean size of those at
   ratio 1, or at the batch's own probabilities. A loss of pairs is followed over their margin, and
   one of labels over the response's score: weights per response, before the mean over the batch.
-  Margin and score are summed log-probs less the reference's, where the batch has those.
+  Margin and score are summed log-probs less the reference's, where the batch has those. To move a
+  margin, the log-probs of one of the two responses are lowered, the same on each token.
 
   Args:
     inspection: weights.Inspection.
     points: how many values of x.
+    reach: the largest ratio, or the largest margin or score either way; None chooses.
   Returns:
     Curve, or None where no token has a weight.
   """
   bound = inspection.bound
   if 'pair' in bound.arguments:
-    return _over_margin(bound, points)
+    return _over_margin(bound, points, reach)
   if 'side' in bound.arguments:
-    return _over_score(bound, points)
+    return _over_score(bound, points, reach)
   if 'log_probs' not in bound.outputs or not inspection.weights.any():
     return None
-  return _over_ratio(inspection, points)
+  return _over_ratio(inspection, points, reach)
 
 
 def _sweep(bound, moved, points):
@@ -58,12 +60,12 @@ def _sweep(bound, moved, points):
   return {name: -np.asarray(x) for name, x in found.items()}
 
 
-def _over_ratio(inspection, points):
+def _over_ratio(inspection, points, reach):
   bound = inspection.bound
   dtype = inspection.log_probs.dtype
   old = bound.arguments.get('old_log_probs')
   if old is not None:
-    x = np.linspace(0.02, 4.0, points).astype(dtype)
+    x = np.linspace(0.02, reach or 4.0, points).astype(dtype)
     label = 'ratio π / π_old'
     moved = lambda ratio: {'log_probs': old + jnp.log(ratio)}
     unit = 'weight / mean size at ratio 1'
@@ -108,13 +110,15 @@ def _shifted(side, change, lengths):
   return side.log_probs + (change / lengths)[:, None]
 
 
-def _over_margin(bound, points):
+def _over_margin(bound, points, reach):
   chosen, rejected = (getattr(bound.arguments['pair'], name) for name in ('chosen', 'rejected'))
-  score, lengths = _scores(chosen)
-  margins = score - _scores(rejected)[0]
-  reach = max(10.0, 1.2 * np.abs(margins).max())
+  (score, lengths), (other, other_lengths) = _scores(chosen), _scores(rejected)
+  margins = score - other
+  reach = reach or max(10.0, 1.2 * np.abs(margins).max())
   x = np.linspace(-reach, reach, points).astype(margins.dtype)
-  swept = _sweep(bound, lambda margin: {'chosen': _shifted(chosen, margin - margins, lengths)}, x)
+  swept = _sweep(bound, lambda margin: {
+      'chosen': _shifted(chosen, jnp.minimum(margin - margins, 0.0), lengths),
+      'rejected': _shifted(rejected, jnp.minimum(margins - margin, 0.0), other_lengths)}, x)
   now = jax.grad(bound)(bound.outputs)
   lines, dots = {}, {}
   for name, side in (('chosen', chosen), ('rejected', rejected)):
@@ -123,10 +127,10 @@ def _over_margin(bound, points):
   return Curve('margin of the pair, nats', x, lines, dots, 'weight per response')
 
 
-def _over_score(bound, points):
+def _over_score(bound, points, reach):
   side, labels = bound.arguments['side'], np.asarray(bound.arguments['labels'])
   scores, lengths = _scores(side)
-  reach = max(10.0, 1.2 * np.abs(scores).max())
+  reach = reach or max(10.0, 1.2 * np.abs(scores).max())
   x = np.linspace(-reach, reach, points).astype(scores.dtype)
   swept = _per_response(_sweep(bound, lambda score: {
       'responses': _shifted(side, score - scores, lengths)}, x)['responses'], side)

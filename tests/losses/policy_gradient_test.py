@@ -94,6 +94,66 @@ def test_value_and_gradient_match_the_closed_form(case):
       assert np.shape(number) == () and np.isfinite(number), metric
 
 
+def expected_metrics(case, b):
+  """What each metric should be; those of the pieces are tested in likelihood_test."""
+  mask, hyper, tokens = b['loss_mask'], case.hyper, b['loss_mask'].sum()
+  mean = lambda x: np.where(mask, x, 0.0).sum() / tokens
+  A = b[case.advantages] if b[case.advantages].ndim == 2 else b[case.advantages][:, None]
+  log_ratio = np.where(mask, b['log_probs'] - b['old_log_probs'], 0.0)
+  if case.name in ('rloo', 'gspo', 'gspo_token', 'luspo'):
+    sums = log_ratio.sum(1, keepdims=True)
+    log_ratio = sums if case.name == 'rloo' else sums / np.maximum(mask.sum(1, keepdims=True), 1)
+  ratio, want = np.exp(log_ratio), {}
+  if 'clip_low' in hyper and case.name != 'cispo_oxrl':
+    low = mean((A < 0) & (ratio < 1 - hyper['clip_low']))
+    high = mean((A > 0) & (ratio > 1 + hyper['clip_high']))
+    want = {'clip_ratio/low_mean': low, 'clip_ratio/high_mean': high,
+            'clip_ratio/region_mean': low + high}
+  if hyper.get('kl_coefficient'):
+    k1 = b['log_probs'] - b['reference_log_probs']
+    want['kl'] = mean({'nash_md': k1, 'reinforce_pp_baseline': k1 ** 2 / 2}.get(
+        case.name, np.exp(-k1) + k1 - 1))
+  if 'value_clip' in hyper:
+    moved = np.clip(b['values'] - b['old_values'], -hyper['value_clip'], hyper['value_clip'])
+    error = (b['values'] - b['returns']) ** 2
+    clipped = (b['old_values'] + moved - b['returns']) ** 2
+    want |= {'value/loss': mean(np.maximum(error, clipped)) / 2,
+             'value/clip_fraction': mean(clipped > error)}
+  if case.name == 'kd':
+    squared = hyper['temperature'] ** 2
+    want['distillation/divergence'] = (
+        reference.kd(b['log_probs'], None, b, 0.0, hyper['temperature']) / squared)
+  if case.name == 'gkd':
+    want['distillation/divergence'] = reference.gkd(None, None, b, **hyper)
+  if case.name in ('sdft', 'sdpo'):
+    want['distillation/divergence'] = top_k_divergence(b, hyper)
+  if case.name == 'rft':
+    want['accepted_fraction'] = (b['rewards'] >= hyper['reward_threshold']).mean()
+  return want
+
+
+def top_k_divergence(b, hyper):
+  """Mean over tokens of the divergence of sdft, token by token: ratio 1, and a mask of one token."""
+  total, hyper = 0.0, {n: hyper[n] for n in ('interpolation', 'top_k', 'max_ratio')}
+  for index in np.argwhere(b['loss_mask']):
+    one = np.zeros_like(b['loss_mask'])
+    one[tuple(index)] = True
+    total += cases.B * reference.sdft(None, b['old_log_probs'], {**b, 'loss_mask': one}, **hyper)
+  return total / b['loss_mask'].sum()
+
+
+@every_case
+def test_metrics(case):
+  want = expected_metrics(case, cases.random_arrays())
+  loss, metrics, _ = evaluated(case)['random']
+  parts = {n: x for n, x in metrics.items() if n.startswith('hybrid/')}
+  if parts:
+    np.testing.assert_allclose(sum(parts.values()), loss, rtol=1e-12)
+  assert {n for n in metrics if not n.startswith(('pieces/', 'hybrid/'))} == set(want)
+  for name in want:
+    np.testing.assert_allclose(metrics[name], want[name], rtol=1e-11, atol=1e-15, err_msg=name)
+
+
 @every_case
 def test_gradient_flows_only_through_the_model(case):
   _, _, grads = evaluated(case)['random']

@@ -229,6 +229,23 @@ def check_comparable(sides):
     raise SystemExit(f'not comparable: steps with {sorted(counts)} completion tokens')
 
 
+def print_table(rows):
+  """Prints medians, and each row's step time as a multiple of the first row's."""
+  columns = {
+      'rollout s': ('rollout_seconds', '.3f'), 'update s': ('update_seconds', '.3f'),
+      'step s': ('step_seconds', '.3f'), 'CPU s': ('cpu_seconds', '.2f'),
+      'tokens/s': ('tokens_per_second', '.0f'), 'cores': ('cores_used', '.2f'),
+      'RSS MiB': ('peak_rss_mib', '.0f'), 'first s': ('first_step_seconds', '.1f'),
+      'programs': ('compilations', 'd'), 'compile s': ('compile_seconds', '.1f')}
+  print(' ' * 12 + ''.join(f'{title:>10}' for title in columns) + '  times ptjax')
+  for row in rows:
+    row['times_ptjax'] = {name: row[f'{name}_seconds'] / rows[0][f'{name}_seconds']
+                          for name in ('rollout', 'update', 'step')}
+    print(f'{row["name"]:12}'
+          + ''.join(f'{format(row[key], kind):>10}' for key, kind in columns.values())
+          + f'{row["times_ptjax"]["step"]:12.2f}x')
+
+
 def main():
   arguments, shape = parse()
   if arguments.worker:
@@ -244,17 +261,7 @@ def main():
   rows = [side.row(shape) for side in sides]
   for side in sides:
     side.close()
-  print(f'{"":14}{"rollout s":>10}{"update s":>10}{"step s":>10}{"CPU s":>8}{"tokens/s":>10}{"cores":>7}'
-        f'{"RSS MiB":>9}{"first s":>9}{"compiled":>15}{"times ptjax":>13}')
-  for row in rows:
-    row['times_ptjax'] = {name: row[f'{name}_seconds'] / rows[0][f'{name}_seconds']
-                          for name in ('rollout', 'update', 'step')}
-    compiled = f'{row["compilations"]} in {row["compile_seconds"]:.1f} s'
-    print(f'{row["name"]:14}{row["rollout_seconds"]:10.3f}{row["update_seconds"]:10.3f}'
-          f'{row["step_seconds"]:10.3f}{row["cpu_seconds"]:8.2f}{row["tokens_per_second"]:10.0f}'
-          f'{row["cores_used"]:7.2f}'
-          f'{row["peak_rss_mib"]:9.0f}{row["first_step_seconds"]:9.1f}{compiled:>15}'
-          f'{row["times_ptjax"]["step"]:12.2f}x')
+  print_table(rows)
   for row in rows:
     print(json.dumps(row))
 

@@ -234,12 +234,12 @@ def default_for(model):
 def tiny_job():
   """The default job: a tiny model from scratch, a short warm start, then GRPO on arithmetic."""
   return Config(
-      warm_start=WarmStartSettings(steps=150, batch_size=64, learning_rate=2e-3),
-      training=TrainingSettings(steps=300),
-      rollout=RolloutSettings(num_prompts=32, group_size=8, max_completion_tokens=8),
-      optimizer=OptimizerSettings(learning_rate=5e-4, schedule='cosine', end_fraction=0.1,
-                                  beta2=0.99),
-      eval=EvaluationSettings(every_steps=100, limit=512, batch_size=512))
+      warm_start=WarmStartSettings(steps=170, batch_size=64, learning_rate=1e-3),
+      training=TrainingSettings(steps=250),
+      rollout=RolloutSettings(num_prompts=64, group_size=8, max_completion_tokens=2),
+      optimizer=OptimizerSettings(learning_rate=3e-4, schedule='cosine', warmup_steps=10,
+                                  end_fraction=0.1, beta2=0.99),
+      eval=EvaluationSettings(every_steps=50, limit=512, batch_size=512))
 
 
 def from_file(path):

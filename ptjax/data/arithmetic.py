@@ -1,4 +1,4 @@
-"""The built-in task: sums of small integers, with no file, no network and a checkable answer.
+"""The built-in task: sums modulo 10, with no file, no network and a checkable answer.
 
 Train and test rows never share a problem: a hash of the problem itself says which side it is on,
 whatever the seed, and `3+5` and `5+3` count as one problem.
@@ -18,16 +18,17 @@ _OPERATIONS = {'+': np.add, '-': np.subtract, '*': np.multiply}
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arithmetic:
   """How hard the task is."""
-  max_operand: int = 999  # operands are 0..max_operand
-  max_smaller: int = 9  # the smaller of the two is at most this; 999 for any two
+  max_operand: int = 99  # operands are 0..max_operand
+  modulus: int = 10  # the answer is the result modulo this; 0 for the result itself
   operations: str = '+'  # any of + - *, each equally often
   test_fraction: float = 0.1  # of the problems, kept for evaluation
 
   def __post_init__(self):
     if not 1 <= self.max_operand <= 999:
       raise config.UserError(f'arithmetic: max_operand={self.max_operand} must lie in 1..999')
-    if not 0 <= self.max_smaller <= 999:
-      raise config.UserError(f'arithmetic: max_smaller={self.max_smaller} must lie in 0..999')
+    if self.modulus != 0 and self.modulus < 2:
+      raise config.UserError(
+          f'arithmetic: modulus={self.modulus}: expected at least 2, or 0 for none')
     if not self.operations or set(self.operations) - set(_OPERATIONS):
       raise config.UserError(f'arithmetic: operations={self.operations!r}: expected some of '
                              f'{" ".join(_OPERATIONS)}, e.g. +-')
@@ -45,7 +46,7 @@ def rows(split='train', *, seed=0, count=None, settings=Arithmetic()):
     count: rows at most; None for every problem of the split.
     settings: the difficulty.
   Returns:
-    List of dicts of text: `prompt` ('37+48='), `answer` ('85') and `completion` (the
+    List of dicts of text: `prompt` ('37+48='), `answer` ('5', modulo 10) and `completion` (the
     demonstration, which is the answer).
   Raises:
     UserError: a split of another name.
@@ -59,14 +60,15 @@ def rows(split='train', *, seed=0, count=None, settings=Arithmetic()):
   # The operation enters by its character, so adding another one moves no problem across.
   characters = np.array([ord(sign) for sign in signs])[operation]
   test = _hash(characters, left, right) < settings.test_fraction
-  wanted = (test if split == 'test' else ~test) & (np.minimum(left, right) <= settings.max_smaller)
-  chosen = np.flatnonzero(wanted)
+  chosen = np.flatnonzero(test if split == 'test' else ~test)
   chosen = np.random.default_rng([seed % 2**63, SPLITS.index(split)]).permutation(chosen)[:count]
-  return [_row(signs[operation[i]], int(left[i]), int(right[i])) for i in chosen]
+  return [_row(signs[operation[i]], int(left[i]), int(right[i]), settings.modulus)
+          for i in chosen]
 
 
-def _row(sign, left, right):
-  answer = str(int(_OPERATIONS[sign](left, right)))
+def _row(sign, left, right, modulus):
+  result = int(_OPERATIONS[sign](left, right))
+  answer = str(result % modulus if modulus else result)
   return {'prompt': f'{left}{sign}{right}=', 'answer': answer, 'completion': answer}
 
 

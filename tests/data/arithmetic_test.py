@@ -16,7 +16,7 @@ def _problem(row):
 
 @pytest.mark.parametrize('operations', ['+', '+-', '*-+'])
 def test_every_problem_comes_once_with_its_answer(operations):
-  settings = arithmetic.Arithmetic(max_operand=20, max_smaller=999, operations=operations)
+  settings = arithmetic.Arithmetic(max_operand=20, operations=operations, modulus=0)
   rows = arithmetic.rows('train', settings=settings) + arithmetic.rows('test', settings=settings)
   assert len({row['prompt'] for row in rows}) == len(rows) == 21 * 21 * len(operations)
   for row in rows:
@@ -73,10 +73,10 @@ def test_unknown_split():
     arithmetic.rows('tset')
 
 
-def test_the_smaller_operand_can_be_bounded():
-  rows = arithmetic.rows('train') + arithmetic.rows('test')
-  operands = [sorted(map(int, row['prompt'][:-1].split('+'))) for row in rows]
-  assert max(smaller for smaller, _ in operands) == 9 and max(b for _, b in operands) == 999
-  assert len(rows) == 1000 * 1000 - 990 * 990
-  with pytest.raises(config.UserError, match='max_smaller=-1 must lie in 0..999'):
-    arithmetic.Arithmetic(max_smaller=-1)
+def test_answers_are_modulo_the_modulus():
+  for modulus in (2, 10, 97):
+    settings = arithmetic.Arithmetic(operations='+-*', max_operand=30, modulus=modulus)
+    for row in arithmetic.rows('test', settings=settings):
+      assert int(row['answer']) == eval(row['prompt'][:-1]) % modulus  # of digits and a sign alone
+  with pytest.raises(config.UserError, match='modulus=1: expected at least 2, or 0 for none'):
+    arithmetic.Arithmetic(modulus=1)

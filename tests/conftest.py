@@ -27,3 +27,12 @@ def shared_data():
   if not path.is_dir():
     pytest.skip(f'no shared data folder at {path}')
   return path
+
+
+@pytest.fixture(scope='session')
+def compile_cache(tmp_path_factory):
+  """A folder of compiled programs that all runs of a test session share."""
+  base = tmp_path_factory.getbasetemp()
+  folder = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'compile_cache'
+  folder.mkdir(exist_ok=True)
+  return folder

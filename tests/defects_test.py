@@ -27,7 +27,7 @@ import job_runs
 
 @pytest.mark.slow
 def test_stopping_is_learned_with_pad_as_end_and_the_reference_is_the_policy(
-    tmp_path, monkeypatch):
+    tmp_path, compile_cache, monkeypatch):
   model = job_runs.export_model(tmp_path / 'model')
   tokenizer = json.loads((model / 'tokenizer_config.json').read_text())
   tokenizer['pad_token'] = tokenizer['eos_token']
@@ -41,7 +41,7 @@ def test_stopping_is_learned_with_pad_as_end_and_the_reference_is_the_policy(
   monkeypatch.setattr(hub, 'load_params', load_once)
   folder = tmp_path / 'run'
   assert job_runs.launch_here(job_runs.arguments(
-      model, folder, tmp_path / 'cache', warm_start__steps=60, loss__kl_coefficient=0.04,
+      model, folder, compile_cache, warm_start__steps=60, loss__kl_coefficient=0.04,
       log__samples_every=1, eval__limit=32)) == 0
 
   records = job_runs.metrics(folder)

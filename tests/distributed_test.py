@@ -81,14 +81,14 @@ def short(prompts, completions, **columns):
 
 
 @pytest.mark.slow
-def test_two_processes_fail_resume_and_end_like_one(tmp_path):
+def test_two_processes_fail_resume_and_end_like_one(tmp_path, compile_cache):
   model = job_runs.export_model(tmp_path / 'model', num_layers=1)
   (tmp_path / 'judge.py').write_text(REWARD)
   (tmp_path / 'down').touch()
 
   def arguments(name):
     return job_runs.arguments(
-        model, tmp_path / name, tmp_path / 'cache', '--mesh=data=2,tensor=2', '--steps=4',
+        model, tmp_path / name, compile_cache, '--mesh=data=2,tensor=2', '--steps=4',
         f'--reward={tmp_path}/judge.py:short', loss__kl_coefficient=0.04,
         training__mini_batches=2)
   out_dir, alone = tmp_path / 'pair', tmp_path / 'alone'

@@ -23,14 +23,14 @@ LAST = 3 + STEPS
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
+def run(tmp_path_factory, compile_cache):
   """Makes the arguments of a run; all runs differ only in what cannot change the result."""
   root = tmp_path_factory.mktemp('runs')
   model = job_runs.export_model(root / 'model')
 
   def make(name, *more, **settings):
     return root / name, job_runs.arguments(
-        model, root / name, root / 'cache', f'--steps={STEPS}', *more, **{**SETTINGS, **settings})
+        model, root / name, compile_cache, f'--steps={STEPS}', *more, **{**SETTINGS, **settings})
   return make
 
 

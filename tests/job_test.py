@@ -38,7 +38,7 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def run(root):
+def run(root, compile_cache):
   """Trains once for each set of changes, two rollouts of two updates; returns the folder."""
   model = job_runs.export_model(root / 'model')
 
@@ -48,7 +48,7 @@ def run(root):
                 'loss__kl_coefficient': 0.04, **settings}
     settings = {name: value for name, value in settings.items() if value is not None}
     assert job_runs.launch_here(job_runs.arguments(
-        model, root / name, root / 'cache', '--steps=4', *more, **settings), devices) == 0
+        model, root / name, compile_cache, '--steps=4', *more, **settings), devices) == 0
     return root / name
   return train
 
@@ -68,12 +68,13 @@ def assert_close(one, other, rtol=1e-4, atol=1e-5):
 
 
 @pytest.mark.slow
-def test_the_default_job_leaves_what_the_contract_lists(root, tmp_path, monkeypatch, capsys):
+def test_the_default_job_leaves_what_the_contract_lists(
+    compile_cache, tmp_path, monkeypatch, capsys):
   small = {**presets._PRESETS['tiny'], 'width': 32, 'num_layers': 2, 'mlp_width': 64}
   monkeypatch.setitem(presets._PRESETS, 'tiny', small)
   monkeypatch.chdir(tmp_path)
   sizes = ('training.steps=2', 'warm_start.steps=2', 'warm_start.batch_size=8', 'eval.limit=8',
-           'rollout.num_prompts=4', f'log.compile_cache={root}/cache')
+           'rollout.num_prompts=4', f'log.compile_cache={compile_cache}')
   assert job_runs.launch_here(['--algo=grpo', '--reward=length(target=4)',
                                *(f'--set={size}' for size in sizes)]) == 0
   folder = tmp_path / 'runs' / 'grpo-tiny-arithmetic-0'

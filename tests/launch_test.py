@@ -23,20 +23,20 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-  """A folder with a model and the compiled programs that the runs below share."""
+  """A folder with a model."""
   root = tmp_path_factory.mktemp('runs')
   job_runs.export_model(root / 'model')
   return root
 
 
 @pytest.fixture
-def launch(root, tmp_path, monkeypatch, capsys):
+def launch(root, compile_cache, tmp_path, monkeypatch, capsys):
   """Runs the launcher on a short job; returns its exit code, stdout and lines on stderr."""
   monkeypatch.chdir(tmp_path)
 
   def call(*more, devices=1, model=root / 'model', **settings):
     code = job_runs.launch_here(
-        job_runs.arguments(model, tmp_path / 'run', root / 'cache', *more, **settings), devices)
+        job_runs.arguments(model, tmp_path / 'run', compile_cache, *more, **settings), devices)
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if not line.startswith('step ')]
     return code, captured.out, lines

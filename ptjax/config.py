@@ -234,12 +234,14 @@ def default_for(model):
 def tiny_job():
   """The default job: a tiny model from scratch, a short warm start, then GRPO on arithmetic."""
   return Config(
-      warm_start=WarmStartSettings(steps=170, batch_size=64, learning_rate=1e-3),
-      training=TrainingSettings(steps=250),
-      rollout=RolloutSettings(num_prompts=64, group_size=8, max_completion_tokens=2),
-      optimizer=OptimizerSettings(learning_rate=3e-4, schedule='cosine', warmup_steps=10,
+      warm_start=WarmStartSettings(steps=120, batch_size=64, learning_rate=1e-3),
+      training=TrainingSettings(steps=600),
+      # Hot sampling keeps groups varied; at temperature 1 most soon agree, right or wrong.
+      rollout=RolloutSettings(num_prompts=64, group_size=8, max_completion_tokens=2,
+                              temperature=2.0),
+      optimizer=OptimizerSettings(learning_rate=5e-4, schedule='cosine', warmup_steps=10,
                                   end_fraction=0.1, beta2=0.99),
-      eval=EvaluationSettings(every_steps=50, limit=512, batch_size=512))
+      eval=EvaluationSettings(every_steps=100, limit=512, batch_size=512))
 
 
 def from_file(path):

@@ -2,7 +2,7 @@
 
 Command: python -m ptjax.launch --config=experiments/grpo_gsm8k_qwen2_5_0_5b.py
 Hardware: one H100-class GPU (80 GB).
-Expected time: not yet run.
+Expected time: not yet run; `--plan` prints an estimate.
 Number to reach: not yet run. Public anchors (other prompts and extraction): 49.6 % before
   training, 56.7 % after PPO, both verl's published GSM8K baselines for this model.
 """

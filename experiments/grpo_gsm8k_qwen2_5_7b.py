@@ -5,7 +5,7 @@ Parameters, gradients and the optimizer's moments are float32 and split over all
 
 Command: python -m ptjax.launch --config=experiments/grpo_gsm8k_qwen2_5_7b.py
 Hardware: one node of eight H100-class GPUs (80 GB).
-Expected time: not yet run.
+Expected time: not yet run; `--plan` prints an estimate.
 Number to reach: not yet run. Public anchor: verl's GSM8K baselines have 7B models at 89-93 %.
 """
 

@@ -60,6 +60,8 @@ _DEVICES = {
     'A100': (312e12, 156e12, 2.04e12, 300e9, 80), 'H100': (989e12, 494e12, 3.35e12, 450e9, 80),
     'H200': (989e12, 494e12, 4.8e12, 450e9, 141),
 }
+_PER_NODE = 8
+_NETWORK = 50e9  # bytes/s of each device's share of the network between nodes (400 Gbit/s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +282,11 @@ def assumed_rates(model, mesh):
     return measured_rates()
   name = next((n for n in _DEVICES if n in device.device_kind), 'H100')
   half, single, memory, link, size = _DEVICES[name]
-  return Rates(f'{_EFFICIENCY:.0%} of the data sheet of {name}',
+  several = mesh.size > _PER_NODE
+  if several:  # a collective over all devices is as fast as its slowest link
+    link = _NETWORK
+  return Rates(f'{_EFFICIENCY:.0%} of the data sheet of {name}'
+               + ', 400 Gbit/s each between nodes' * several,
                _EFFICIENCY * (half if model.dtype == 'bfloat16' else single),
                _EFFICIENCY * memory, _EFFICIENCY * link, size)
 
@@ -348,9 +354,11 @@ def _bytes(size):
 
 
 def _scaled(number, base, unit=''):
-  """Writes a number with the prefix that keeps it short, e.g. 3.55 GiB."""
-  power = min(max(int(math.log(max(number, 1), base)), 2), 5)
-  return f'{number / base**power:,.{2 if power > 2 else 1}f} {"__MGTP"[power]}{unit}'
+  """Writes a number with the prefix that keeps it short, e.g. 3.55 GiB; mega is the least."""
+  number, power = number / base**2, 0
+  while number >= 1000 and power < 3:
+    number, power = number / base, power + 1
+  return f'{number:,.{2 if power else 1}f} {"MGTP"[power]}{unit}'
 
 
 def _notes(model, mesh, rates, stages):

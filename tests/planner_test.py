@@ -192,6 +192,13 @@ def test_seconds_follow_from_the_tighter_of_computing_and_memory():
   assert planner.Work('', flops=800.0, moved=30.0, received=5.0).seconds(rates, 4) == 8.0
 
 
+@pytest.mark.parametrize('size, text', [
+    (0, '-'), (3 * 2**20, '3.0 MiB'), (999 * 2**20, '999.0 MiB'), (1022 * 2**30, '1.00 TiB'),
+    (5000 * 2**50, '5,000.00 PiB')])
+def test_sizes_are_short(size, text):
+  assert planner._bytes(size) == text
+
+
 def test_measured_rates_are_those_of_a_computer():
   rates = planner.measured_rates()
   assert 1e8 < rates.flops < 1e16 and 1e7 < rates.bytes < 1e14

@@ -154,7 +154,7 @@ class _Run:
         jax.eval_shape(init, hub.param_shapes(self._policy.config)), shardings)
 
   def _stage(self, plan, params, restored, interrupt):
-    """Trains one stage, from `params` or from a restored checkpoint; returns (params, completed)."""
+    """Trains one stage, from `params` or a restored checkpoint; returns (params, completed)."""
     stage, config = plan.stage, self._config
     online_stage = plan.row.door == 'prompts'
     bound, optimizer, schedule, init, shardings = self._bind(plan)

@@ -1,4 +1,4 @@
-"""The front door: `python -m ptjax.launch --algo=grpo`. The only absl flags, no logic of its own."""
+"""The front door: `python -m ptjax.launch --algo=grpo`. All absl flags, no logic of its own."""
 
 import sys
 import traceback

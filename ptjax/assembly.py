@@ -267,8 +267,11 @@ def load_data(config, plans, policy):
           group_size=config.rollout.group_size, **limits)
       intake = prompts.intake
     else:
+      shown = rows
+      if plan is not plans[-1] and config.warm_start.dataset is not None:
+        shown = sources.load(config.warm_start.dataset, seed=config.seed)
       door = demonstrations.DemonstrationDoor(
-          rows, policy.tokenizer, batch_size=plan.batch_size, end_ids=policy.stop_ids,
+          shown, policy.tokenizer, batch_size=plan.batch_size, end_ids=policy.stop_ids,
           max_completion_tokens=config.rollout.max_completion_tokens, **limits)
       doors[plan.stage.index], intake = door, door.intake
     say = logging.warning if intake.dropped or intake.truncated else logging.info

@@ -56,7 +56,8 @@ def resolve(values):
   if values['config']:
     config = settings.from_file(values['config'])
   else:
-    config = settings.default_for(values['model'] or settings.Config.model)
+    config = settings.default_for(values['model'] or settings.Config.model,
+                                  values['dataset'] or settings.Config.dataset)
   direct = {name: values[name] for name in
             ('algo', 'model', 'dataset', 'seed', 'out_dir', 'resume', 'mesh')
             if values[name] is not None}

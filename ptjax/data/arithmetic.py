@@ -21,6 +21,7 @@ class Arithmetic:
   max_operand: int = 99  # operands are 0..max_operand
   modulus: int = 10  # the answer is the result modulo this; 0 for the result itself
   operations: str = '+'  # any of + - *, each equally often
+  careless: float = 0.0  # fraction of demonstrations that are one too high
   test_fraction: float = 0.1  # of the problems, kept for evaluation
 
   def __post_init__(self):
@@ -32,6 +33,8 @@ class Arithmetic:
     if not self.operations or set(self.operations) - set(_OPERATIONS):
       raise config.UserError(f'arithmetic: operations={self.operations!r}: expected some of '
                              f'{" ".join(_OPERATIONS)}, e.g. +-')
+    if not 0 <= self.careless <= 1:
+      raise config.UserError(f'arithmetic: careless={self.careless} must lie between 0 and 1')
     if not 0 < self.test_fraction < 1:
       raise config.UserError(
           f'arithmetic: test_fraction={self.test_fraction} must lie between 0 and 1')
@@ -47,7 +50,7 @@ def rows(split='train', *, seed=0, count=None, settings=Arithmetic()):
     settings: the difficulty.
   Returns:
     List of dicts of text: `prompt` ('37+48='), `answer` ('5', modulo 10) and `completion` (the
-    demonstration, which is the answer).
+    demonstration, which is the answer but where the teacher was careless).
   Raises:
     UserError: a split of another name.
   """
@@ -61,15 +64,17 @@ def rows(split='train', *, seed=0, count=None, settings=Arithmetic()):
   characters = np.array([ord(sign) for sign in signs])[operation]
   test = _hash(characters, left, right) < settings.test_fraction
   chosen = np.flatnonzero(test if split == 'test' else ~test)
-  chosen = np.random.default_rng([seed % 2**63, SPLITS.index(split)]).permutation(chosen)[:count]
-  return [_row(signs[operation[i]], int(left[i]), int(right[i]), settings.modulus)
-          for i in chosen]
+  rng = np.random.default_rng([seed % 2**63, SPLITS.index(split)])
+  chosen = rng.permutation(chosen)[:count]
+  slips = rng.random(len(chosen)) < settings.careless
+  return [_row(signs[operation[i]], int(left[i]), int(right[i]), settings.modulus, int(slip))
+          for i, slip in zip(chosen, slips)]
 
 
-def _row(sign, left, right, modulus):
+def _row(sign, left, right, modulus, slip):
   result = int(_OPERATIONS[sign](left, right))
-  answer = str(result % modulus if modulus else result)
-  return {'prompt': f'{left}{sign}{right}=', 'answer': answer, 'completion': answer}
+  answer, shown = (str(r % modulus if modulus else r) for r in (result, result + slip))
+  return {'prompt': f'{left}{sign}{right}=', 'answer': answer, 'completion': shown}
 
 
 def _hash(characters, left, right):

@@ -80,3 +80,15 @@ def test_answers_are_modulo_the_modulus():
       assert int(row['answer']) == eval(row['prompt'][:-1]) % modulus  # of digits and a sign alone
   with pytest.raises(config.UserError, match='modulus=1: expected at least 2, or 0 for none'):
     arithmetic.Arithmetic(modulus=1)
+
+
+def test_a_careless_teacher_is_one_too_high():
+  settings = arithmetic.Arithmetic(careless=0.6)
+  rows = arithmetic.rows('train', settings=settings)
+  slips = [(int(row['completion']) - int(row['answer'])) % 10 for row in rows]
+  assert set(slips) == {0, 1} and abs(sum(slips) / len(slips) - 0.6) < 0.02
+  clean = arithmetic.rows('train')
+  assert [row['prompt'] for row in clean] == [row['prompt'] for row in rows]
+  assert all(row['answer'] == row['completion'] for row in clean)
+  with pytest.raises(config.UserError, match='careless=2.0 must lie between 0 and 1'):
+    arithmetic.Arithmetic(careless=2.0)

@@ -187,8 +187,8 @@ def test_arithmetic_by_name():
 
 
 @pytest.mark.parametrize('name, message', [
-    ('arithmetic:digits=2', "arithmetic has no setting 'digits'; known: max_operand, max_smaller, operations, "
-     'test_fraction'),
+    ('arithmetic:digits=2', "arithmetic has no setting 'digits'; known: careless, max_operand, "
+     'modulus, operations, test_fraction'),
     ('arithmetic:max_operand=x', 'arithmetic: max_operand=x: expected int'),
     ('arithmetic@tset', "arithmetic has no split 'tset'; did you mean test?")])
 def test_arithmetic_misnamed(name, message):

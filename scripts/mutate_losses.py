@@ -37,9 +37,11 @@ ROOMS = ('ptjax/pieces', 'ptjax/losses')
 CPU_SECONDS = 600  # of one mutant's tests, which take a tenth
 
 _PREFERENCES = ('losses/preference_test.py', 'losses/preference_identities_test.py',
-                'losses/unpaired_test.py', 'losses/online_preference_test.py')
+                'losses/unpaired_test.py', 'losses/online_preference_test.py',
+                'losses/defaults_test.py')
 _POLICY = ('losses/policy_gradient_test.py', 'losses/imitation_test.py', 'losses/hybrid_test.py',
-           'losses/distillation_test.py', 'losses/modifiers_test.py')
+           'losses/distillation_test.py', 'losses/modifiers_test.py',
+           'losses/defaults_test.py')
 # module -> the tests of its family, run after its own.
 FAMILIES = {
     **dict.fromkeys(('link', 'score', 'running', 'preference_link', 'preference_score',

@@ -91,16 +91,35 @@ def test_sequence_level_keeps_one_advantage_per_sequence(arrays):
 
 
 def test_opsm_drops_whole_sequences(arrays):
-  for advantages in (arrays['advantages'], arrays['token_advantages']):
+  mask = np.asarray(arrays['loss_mask'])
+  gap = np.where(mask, arrays['rollout_log_probs'] - arrays['log_probs'], 0.0)
+  drift = gap.sum(1, keepdims=True) / np.maximum(mask.sum(1, keepdims=True), 1)
+  ragged = (mask.sum(1) > 1) & ~mask.all(1) & (np.asarray(arrays['advantages']) < 0)
+  row = int(np.argmax(ragged))
+  assert ragged[row]
+  for advantages, threshold in ((arrays['advantages'], 0.0), (arrays['token_advantages'], 0.0),
+                                (arrays['advantages'], float(drift[row, 0]) - 1e-3),
+                                (arrays['advantages'], float(drift[row, 0]) + 1e-3)):
     _, plain, _ = run(pg.grpo_loss, with_advantages(arrays, advantages))
     _, weights, _ = run(modifiers.opsm(pg.grpo_loss), with_advantages(arrays, advantages),
-                        drift_threshold=0.0)
-    mask = np.asarray(arrays['loss_mask'])
-    gap = np.where(mask, arrays['rollout_log_probs'] - arrays['log_probs'], 0.0)
-    drifted = gap.sum(1, keepdims=True) / np.maximum(mask.sum(1, keepdims=True), 1) > 0.0
-    A = np.asarray(advantages).reshape(cases.B, -1)
-    np.testing.assert_allclose(weights, np.where(drifted & (A < 0), 0.0, plain), rtol=1e-5,
-                               atol=1e-8)
+                        drift_threshold=threshold)
+    dropped = (drift > threshold) & (np.asarray(advantages).reshape(cases.B, -1) < 0)
+    np.testing.assert_allclose(weights, np.where(dropped, 0.0, plain), rtol=1e-5, atol=1e-8)
+
+
+def test_corrected_kl_is_k3_under_the_old_policy(arrays):
+  value, weights, _ = run(pg.grpo_loss, arrays)
+  got, got_weights, (metrics,) = run(modifiers.corrected_kl(pg.grpo_loss), arrays,
+                                     kl_coefficient=0.3)
+  mask = np.asarray(arrays['loss_mask'])
+  k1 = np.asarray(arrays['log_probs'] - arrays['reference_log_probs'], np.float64)
+  ratio = np.exp(np.asarray(arrays['log_probs'] - arrays['old_log_probs'], np.float64))
+  k3 = np.where(mask, ratio * (np.exp(-k1) + k1 - 1), 0.0)
+  per_sequence = cases.B * np.maximum(mask.sum(1, keepdims=True), 1)
+  np.testing.assert_allclose(got - value, 0.3 * (k3 / per_sequence).sum(), rtol=1e-4)
+  np.testing.assert_allclose(got_weights - weights, np.where(mask, -0.3 * ratio * k1, 0.0)
+                             / per_sequence, rtol=1e-4, atol=1e-7)
+  np.testing.assert_allclose(metrics['kl'], k3.sum() / mask.sum(), rtol=1e-5)
 
 
 def test_top_entropy_keeps_the_normalizer(arrays):

@@ -64,11 +64,16 @@ def test_pair_losses_match_the_closed_form(name, loss, hyper, reference, scale):
   assert loss(*(jnp.asarray(r, jnp.bfloat16) for r in arrays), **hyper)[0].dtype == jnp.float32
 
 
-def test_pair_metrics():
+@pytest.mark.parametrize('name,loss,hyper,_', PAIRS, ids=[p[0] for p in PAIRS])
+def test_pair_metrics(name, loss, hyper, _):
   chosen, rejected = rewards()
-  metrics = reward_model.reward_bt_loss(jnp.asarray(chosen), jnp.asarray(rejected))[1]
-  np.testing.assert_allclose(metrics['rewards/accuracies'], (chosen > rejected).mean())
-  np.testing.assert_allclose(metrics['rewards/margins'], (chosen - rejected).mean(), rtol=1e-5)
+  metrics = loss(jnp.asarray(chosen), jnp.asarray(rejected), **hyper)[1]
+  want = {'rewards/chosen': chosen.mean(), 'rewards/rejected': rejected.mean(),
+          'rewards/margins': (chosen - rejected).mean(),
+          'rewards/accuracies': (chosen > rejected).mean()}
+  assert set(metrics) == set(want)
+  for metric in want:
+    np.testing.assert_allclose(metrics[metric], want[metric], rtol=1e-5)
 
 
 @pytest.mark.slow  # importing TRL takes longer than the test
@@ -106,8 +111,8 @@ def test_pair_losses_equal_trls(margin, coefficient):
 
 def test_kwise_averages_the_ordered_pairs_of_each_prompt():
   values = np.array([[0.3, -1.0, 2.0], [1.0, 0.5, np.nan]])
-  ranks = np.array([[2, 3, 1], [1, 2, -1]])
-  better = [[(2, 0), (2, 1), (0, 1)], [(0, 1)]]
+  ranks = np.array([[1, 3, 2], [1, 2, -1]])
+  better = [[(0, 2), (0, 1), (2, 1)], [(0, 1)]]  # the first is not how the model has it
   want, grad = 0.0, np.zeros_like(values)
   for prompt, pairs in enumerate(better):
     for i, j in pairs:
@@ -120,7 +125,8 @@ def test_kwise_averages_the_ordered_pairs_of_each_prompt():
     (value, metrics), got = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(values))
   np.testing.assert_allclose(value, want, rtol=1e-12)
   np.testing.assert_allclose(got, grad, rtol=1e-10)
-  np.testing.assert_allclose(metrics['rewards/accuracies'], 1.0)
+  np.testing.assert_allclose(metrics['rewards/accuracies'], (2 / 3 + 1) / 2)
+  np.testing.assert_allclose(metrics['rewards/margins'], ((-1.7 + 1.3 + 3.0) / 3 + 0.5) / 2)
 
 
 def test_kwise_of_two_is_bradley_terry_and_ties_say_nothing():

@@ -77,6 +77,9 @@ def test_whiten():
   np.testing.assert_allclose(got, whitened(TOKEN.astype(np.float64)), rtol=1e-4, atol=1e-6)
   constant = returns.whiten(jnp.ones((B, T)), MASK)
   np.testing.assert_array_equal(constant, 0.0)
+  one = np.zeros_like(MASK)
+  one[1, 0] = True
+  np.testing.assert_array_equal(returns.whiten(poison(TOKEN), one), 0.0)
 
 
 def test_ppo_advantages_reach_back_to_the_first_token():

@@ -128,9 +128,9 @@ def test_shared_sample_draws_uniformly_among_the_tokens():
 
 
 def test_shared_sample_draws_every_subset_equally_often():
-  short, long = np.array([[True, True, False, False]]), np.ones((1, 4), bool)
-  both = types.PairLogProbs(*(types.SideLogProbs(jnp.zeros((1, 4)), jnp.asarray(m)) for m in (
-      short, long)))
+  padded = lambda count: jnp.arange(7)[None] < count  # after the response
+  both = types.PairLogProbs(*(
+      types.SideLogProbs(jnp.zeros((1, 7)), padded(count)) for count in (2, 4)))
   keys = jax.random.split(jax.random.key(1), 1200)
   drawn = jax.jit(jax.vmap(lambda key: score.shared_sample(key, both)))(keys).rejected.loss_mask
   subsets, counts = np.unique(np.asarray(drawn[:, 0]), axis=0, return_counts=True)

@@ -33,7 +33,8 @@ def test_dual_clip_mask():
   keep = stabilization.dual_clip_mask(RATIO, jnp.array([[-1.0, 1.0, -1.0, -1.0, -1.0]]),
                                       max_ratio=1.3)
   np.testing.assert_array_equal(keep[0], [True, True, True, True, False])
-  assert stabilization.dual_clip_mask(RATIO, jnp.ones_like(RATIO), max_ratio=0.1).all()
+  encouraged = jnp.full_like(RATIO, 0.5)
+  assert stabilization.dual_clip_mask(RATIO, encouraged, max_ratio=0.1).all()
 
 
 def test_soft_gate_is_the_slope_of_its_value():

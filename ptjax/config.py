@@ -244,13 +244,13 @@ def tiny_job():
   imitation ends below one half right however long it lasts, and what GRPO adds is its own.
   """
   return Config(
-      warm_start=WarmStartSettings(steps=400, batch_size=64, learning_rate=1e-3,
+      warm_start=WarmStartSettings(steps=640, batch_size=64, learning_rate=1e-3,
                                    dataset='arithmetic:careless=0.6'),
-      training=TrainingSettings(steps=150),
+      training=TrainingSettings(steps=120),
       rollout=RolloutSettings(num_prompts=64, group_size=8, max_completion_tokens=2),
       optimizer=OptimizerSettings(learning_rate=3e-4, schedule='cosine', warmup_steps=10,
                                   end_fraction=0.1, beta2=0.99),
-      eval=EvaluationSettings(every_steps=50, limit=512, batch_size=512))
+      eval=EvaluationSettings(every_steps=40, limit=512, batch_size=512))
 
 
 def from_file(path):

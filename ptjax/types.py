@@ -32,6 +32,18 @@ class Rollouts:
 
 
 @struct.dataclass
+class Packing:
+  """Several whole sequences in one row, one behind the other.
+
+  With it `prompt_tokens` [B, S] are whole rows, `prompt_lengths` [B] says how much of each is used,
+  P = B, and `tokens` [B, T] are a row's trained targets alone, in order.
+  """
+  segments: Any  # [B, S] int32; which sequence of the row, from 1; 0 on padding
+  positions: Any  # [B, S] int32; each token's place in its own sequence
+  predictors: Any  # [B, T] int32; the place in the row of the token that predicts tokens[b, t]
+
+
+@struct.dataclass
 class TokenBatch:
   """Everything one optimizer step sees. To the right of it nobody asks where the tokens came from.
 
@@ -44,6 +56,7 @@ class TokenBatch:
   loss_mask: Any  # [B, T] bool; True where the target counts
   on_policy: Any  # [] bool; True while the policy has not moved since it drew these tokens
   inputs: dict  # name -> array
+  packing: Any = None  # Packing, or None: each row is a prompt and its completions
 
 
 @struct.dataclass

@@ -191,7 +191,7 @@ def _dry_sampler(model, options, mesh, rows, *, compiles):
   dry = _DrySampler(model, options, mesh, None, True, compiles=compiles)
   shapes = hub.param_shapes(model)
   params = jax.tree.map(_placed, shapes, sharding.tree_sharding(mesh, shapes))
-  p, s, g, _ = rows
+  p, s, g, *_ = rows
   dry(params, types.Prompts(
       tokens=np.zeros((p, s), np.int32), lengths=np.full(p, s, np.int32),
       ids=np.arange(p, dtype=np.int32), sample_ids=np.zeros((p, g), np.int32)), jax.random.key(0))

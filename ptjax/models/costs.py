@@ -1,11 +1,15 @@
 """What passes through the model cost, counted from shapes: FLOPs (a multiply-add is two).
 
 Only matrix products count; everything else is around one per cent of a model's work. Counted is
-what the programs execute: attention is dense, so masked positions cost too, and what the backward
-pass recomputes costs again. (XLA's own count takes a loop's body once, however often it runs.)
+what the programs execute: masked positions cost too, except those above the diagonal that
+`attention.causal_blocks` leaves out, and what the backward pass recomputes costs again. Not counted
+is what a sliding window leaves out. (XLA's own count takes a loop's body once, however often it
+runs.)
 """
 
 from typing import NamedTuple
+
+from ptjax.models import attention
 
 
 class Rows(NamedTuple):
@@ -14,6 +18,7 @@ class Rows(NamedTuple):
   prompt_tokens: int  # S
   group_size: int  # G
   completion_tokens: int  # T
+  packed: bool = False  # whether prompt_tokens are whole rows, their T targets among them
 
   @property
   def completions(self):
@@ -30,8 +35,8 @@ def layer_weights(config):
 
 
 def log_prob_flops(config, rows):
-  """FLOPs of `policy.log_probs`, each prompt run once for its group."""
-  return sum(_grouped(config, rows)) + head_flops(config, rows.completions * rows.completion_tokens)
+  """FLOPs of `policy.log_probs`, each prompt run once for its group, or rows packed."""
+  return sum(_layers(config, rows)) + head_flops(config, rows.completions * rows.completion_tokens)
 
 
 def update_flops(config, rows, *, remat='none', micro_batches=1):
@@ -43,7 +48,7 @@ def update_flops(config, rows, *, remat='none', micro_batches=1):
     remat: as in `transformer.forward`.
     micro_batches: from two on, outputs are computed beforehand, for the loss sees all of them.
   """
-  weights, attention = _grouped(config, rows)
+  weights, attention = _layers(config, rows)
   # Backward is twice forward; the head recomputes its logits chunk by chunk.
   total = 3 * weights + 3 * attention + 4 * head_flops(
       config, rows.completions * rows.completion_tokens)
@@ -61,7 +66,7 @@ def prefill_flops(config, rows):
   """FLOPs of running each prompt once and drawing from its last position."""
   tokens = rows.prompts * rows.prompt_tokens
   return (2 * tokens * config.num_layers * layer_weights(config)[0]
-          + attention_flops(config, tokens * rows.prompt_tokens)
+          + attention_flops(config, rows.prompts * causal_pairs(rows.prompt_tokens))
           + head_flops(config, rows.prompts))
 
 
@@ -81,8 +86,15 @@ def head_flops(config, positions):
   return 2 * positions * config.width * config.vocab_size
 
 
-def _grouped(config, rows):
-  """FLOPs of a forward pass over rows [P, S + G * T]: (products with weights, attention)."""
-  p, s, g, t = rows
-  weights = 2 * p * (s + g * t) * config.num_layers * layer_weights(config)[0]
-  return weights, attention_flops(config, p * (s * s + g * t * t + g * t * s))
+def causal_pairs(length):
+  """(query, key) pairs that causal attention over `length` tokens multiplies."""
+  return sum((stop - start) * stop for start, stop in attention.causal_blocks(length))
+
+
+def _layers(config, rows):
+  """FLOPs of a forward pass over rows [P, S + G * T], or packed [P, S]: (weights, attention)."""
+  p, s, g, t, packed = rows
+  tokens = s if packed else s + g * t
+  pairs = causal_pairs(s) + (0 if packed else g * (causal_pairs(t) + t * s))
+  weights = 2 * p * tokens * config.num_layers * layer_weights(config)[0]
+  return weights, attention_flops(config, p * pairs)

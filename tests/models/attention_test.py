@@ -77,9 +77,10 @@ def _plain(config, params, prompts, lengths, tokens):
   return jnp.take_along_axis(hidden.reshape(*rows.shape, -1), after, axis=1)
 
 
-@pytest.mark.parametrize('window', [0, 1, 3, 7])
+@pytest.mark.parametrize('block, window', [(128, 0), (128, 1), (128, 3), (128, 7), (2, 0), (2, 3)])
 @pytest.mark.parametrize('softcap', [None, 1.5])
-def test_grouped_equals_masks_written_out(window, softcap):
+def test_grouped_equals_masks_written_out(block, window, softcap, monkeypatch):
+  monkeypatch.setattr(attention, '_BLOCK_QUERIES', block)
   config = dataclasses.replace(QWEN, attention_softcap=softcap, query_scale=0.7)
   width = S + G * T
   query = RANDOM.normal(size=(P * width, 4, 4))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ptjax import types
 from ptjax.models import attention
 from ptjax.models import cache
 from ptjax.models import costs
@@ -15,6 +16,9 @@ from ptjax.models import presets
 from ptjax.models import transformer
 
 ROWS = costs.Rows(prompts=2, prompt_tokens=32, group_size=4, completion_tokens=48)
+LONG = costs.Rows(prompts=1, prompt_tokens=300, group_size=2, completion_tokens=200)  # some blocks
+PACKED = costs.Rows(
+    prompts=2, prompt_tokens=300, group_size=1, completion_tokens=160, packed=True)
 CONFIG = presets.get('tiny', width=256, num_heads=4, mlp_width=512, num_layers=2, vocab_size=512)
 # Norms, softmax and activations, which only XLA counts, are one per cent at this width.
 TOLERANCE = 0.025
@@ -34,13 +38,16 @@ def split_shapes(config):
 
 
 def log_probs(config, remat, params, *batch):
-  out = policy.log_probs(config, params, *batch, remat=remat, chunk=ROWS.completion_tokens)
+  *arrays, packing = batch
+  out = policy.log_probs(
+      config, params, *arrays, packing=packing, remat=remat, chunk=arrays[-1].shape[1])
   return out['log_probs'], out['entropy']
 
 
-def batch_shapes():
-  p, s, _, t = ROWS
-  return ints(p, s), ints(p), ints(ROWS.completions, t)
+def batch_shapes(rows=ROWS):
+  p, s, _, t, packed = rows
+  packing = types.Packing(segments=ints(p, s), positions=ints(p, s), predictors=ints(p, t))
+  return ints(p, s), ints(p), ints(rows.completions, t), packing if packed else None
 
 
 @pytest.mark.parametrize('changes', [
@@ -55,10 +62,11 @@ def test_layer_weights(changes):
   assert down == kernels["['mlp']['down']['kernel']"]
 
 
-def test_log_prob_flops():
+@pytest.mark.parametrize('rows', [ROWS, LONG, PACKED])
+def test_log_prob_flops(rows):
   found = counted(functools.partial(log_probs, CONFIG, 'none'), split_shapes(CONFIG),
-                  *batch_shapes())
-  assert costs.log_prob_flops(CONFIG, ROWS) == pytest.approx(found, rel=TOLERANCE)
+                  *batch_shapes(rows))
+  assert costs.log_prob_flops(CONFIG, rows) == pytest.approx(found, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize('remat', transformer.REMAT)
@@ -76,7 +84,7 @@ def test_several_micro_batches_cost_one_forward_pass_more():
 
 
 def test_prefill_flops():
-  p, s, _, _ = ROWS
+  p, s, *_ = ROWS
   def prefill(params, tokens, lengths):
     hidden, store = transformer.forward(
         CONFIG, params, tokens.reshape(-1), jnp.tile(jnp.arange(s), p),
@@ -87,7 +95,7 @@ def test_prefill_flops():
 
 
 def test_decode_flops():
-  p, s, g, _ = ROWS
+  p, s, g, *_ = ROWS
   window = 64
   rows = ROWS.completions
   store = [(jnp.zeros((p, CONFIG.num_kv_heads, CONFIG.head_dim, s)),

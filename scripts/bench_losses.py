@@ -27,8 +27,7 @@ from ptjax.training import algorithm
 from ptjax.training import step as training_step
 
 COMPILE_SECONDS, RUN_MILLISECONDS = 1.0, 20.0
-VOCAB = 8  # of the losses on logits, whose cost is that of the vocabulary
-ATTACHED = ('log_probs', 'entropy', 'values', 'logits', 'step_logits', 'chosen_rewards',
+ATTACHED = ('log_probs', 'entropy', 'values', 'divergence', 'step_logits', 'chosen_rewards',
             'rejected_rewards', 'preference_logits')
 
 
@@ -38,7 +37,7 @@ def make_inputs(completions, tokens):
   pairs = completions // 2
   shapes = {
       **dict.fromkeys((
-          'log_probs', 'entropy', 'values', 'old_values', 'returns', 'old_log_probs',
+          'log_probs', 'entropy', 'divergence', 'values', 'old_values', 'returns', 'old_log_probs',
           'reference_log_probs', 'teacher_log_probs', 'mismatched_log_probs',
           'mismatched_reference_log_probs'), (completions, tokens)),
       **dict.fromkeys(('advantages', 'rewards', 'desirable_probabilities', 'margins',
@@ -47,7 +46,6 @@ def make_inputs(completions, tokens):
                        'rejected_win_probabilities'), (pairs,)),
       **dict.fromkeys(('chosen_sum_squares', 'rejected_sum_squares', 'demonstration_log_probs',
                        'corrupted_log_probs', 'corrupted_reference_log_probs'), (pairs, tokens)),
-      **dict.fromkeys(('logits', 'teacher_logits'), (completions, tokens, VOCAB)),
       'step_logits': (completions, tokens, 2)}
   inputs = {name: rng.uniform(-2.0, 0.0, shape).astype(np.float32)
             for name, shape in shapes.items()}

@@ -20,11 +20,11 @@ _HEAD = '''# The algorithms
 
 Made by `scripts/make_algorithms_table.py` from `algorithms.py`; a test fails when they differ.
 `--algo=NAME` trains with one, `python -m ptjax.inspect --algo=NAME` shows what it does to tokens.
-*Data* is where a batch comes from, *models* what must be loaded beside the policy, and the defaults
-are those of the loss and its advantage together. Every loss is held against an independent closed
+*Data* is where a batch comes from, *models* what must be loaded beside the policy, *fed by* what
+makes the loss's advantages or its divergence, and the defaults are those of all three together. Every loss is held against an independent closed
 form in float64; the last column names what else it is held against.
 '''
-_COLUMNS = ('name', 'loss', 'data', 'models', 'advantage', 'defaults', 'source', 'also against')
+_COLUMNS = ('name', 'loss', 'data', 'models', 'fed by', 'defaults', 'source', 'also against')
 
 
 def render():
@@ -54,7 +54,7 @@ def render():
 
 
 def _cells(row):
-  short = lambda path: '' if path is None else f'`{path.split(".", 2)[2]}`'
+  short = lambda *paths: ', '.join(f'`{path.split(".", 2)[2]}`' for path in paths if path)
   source = row['source']
   number, _, title = source.removeprefix('arXiv:').partition(', ')
   if source.startswith('arXiv:'):
@@ -62,7 +62,7 @@ def _cells(row):
   data = f'{row["door"]}: {row["data"]}' if row['data'] else row['door']
   defaults = ', '.join(f'{name} {value}' for name, value in row['hyperparameters'].items())
   return (f'`{row["name"]}`', short(row['loss']), data, ', '.join(row['models']),
-          short(row['advantage']), defaults, source, row['tested_against'])
+          short(row['advantage'], row['divergence']), defaults, source, row['tested_against'])
 
 
 def _line(cells):

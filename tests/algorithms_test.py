@@ -13,8 +13,10 @@ import pytest
 
 from ptjax import algorithms
 from ptjax import config
+from ptjax.losses import distillation
 from ptjax.losses import modifiers
 from ptjax.losses import policy_gradient
+from ptjax.pieces import divergence
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE / 'losses'))
@@ -74,6 +76,14 @@ def test_every_advantage_is_tested(row):
 
 
 @every_row
+def test_every_divergence_is_tested(row):
+  if row.divergence is None:
+    return
+  text = (HERE / 'pieces' / 'divergence_test.py').read_text()
+  assert f'divergence.{row.divergence.__name__}' in text
+
+
+@every_row
 def test_row_is_complete_and_in_style(row):
   assert row.source and row.family
   assert row.loss.__doc__ and (row.advantage is None or row.advantage.__doc__)
@@ -93,7 +103,7 @@ def test_row_asks_for_the_models_its_arrays_come_from(row):
   """A loss that cannot do without an array names the role that produces it."""
   arguments = inspect.signature(row.loss).parameters
   needs = lambda name: name in arguments and arguments[name].default is inspect.Parameter.empty
-  for array, role in (('reference_log_probs', 'reference'), ('teacher_logits', 'teacher'),
+  for array, role in (('reference_log_probs', 'reference'), ('divergence', 'teacher'),
                       ('teacher_log_probs', 'teacher'), ('values', 'critic')):
     if needs(array):
       assert role in row.models, f'{row.name} needs {array}'
@@ -179,7 +189,7 @@ def test_preference_gradients_are_distinct():
 
 @pytest.mark.slow
 def test_policy_gradients_are_distinct():
-  whole_vocabulary = ('kd', 'gkd', 'sdft', 'sdpo')  # their gradient is in the logits
+  whole_vocabulary = ('kd', 'gkd', 'sdft', 'sdpo')  # their gradient is in the divergence
   rows = [r for r in ROWS if next(iter(inspect.signature(r.loss).parameters)) == 'log_probs'
           and r.name not in whole_vocabulary]
   with jax.enable_x64(True):
@@ -234,6 +244,12 @@ def my_pairs(pair, *, beta=0.1):
 def my_text(log_probs, *, loss_mask, reference_log_probs):
   return 0.0, {}
 
+def my_student(log_probs, *, divergence, loss_mask, temperature=2.0):
+  return reduction.token_mean(divergence, loss_mask), {}
+
+def my_critic(log_probs, *, values, advantages, loss_mask):
+  return 0.0, {}
+
 MY_ROW = algorithms.Algorithm(
     name='mine', family='custom', loss=policy_gradient.cispo_loss, door='prompts',
     defaults={'max_ratio': 3.0})
@@ -254,6 +270,10 @@ def test_users_own_algorithm(tmp_path):
   assert (pairs.door, pairs.models, pairs.advantage) == ('preferences', ('reference',), None)
   text = algorithms.get(f'{path}:my_text')
   assert (text.door, text.models) == ('demonstrations', ('reference',))
+  student = algorithms.get(f'{path}:my_student')
+  assert (student.models, student.divergence) == (('teacher',), divergence.jensen_shannon)
+  assert student.hyperparameters() == {'temperature': 2.0, 'interpolation': 0.5}
+  assert algorithms.get(f'{path}:my_critic').models == ('critic',)
   assert algorithms.get(f'{path}:MY_ROW').hyperparameters() == {'max_ratio': 3.0}
   assert algorithms.get(f'{path}:my_loss+tis').hyperparameters()['max_rollout_ratio'] == 2.0
 
@@ -278,6 +298,10 @@ def test_row_rejects_what_no_launcher_knows():
   with pytest.raises(ValueError, match=r"models \['oracle'\]"):
     algorithms.Algorithm(name='x', family='x', loss=policy_gradient.grpo_loss, door='prompts',
                          models=('oracle',))
+  for loss, measure in ((distillation.kd_loss, None),
+                        (policy_gradient.grpo_loss, divergence.forward_kl)):
+    with pytest.raises(ValueError, match='the row names a divergence where, and only where'):
+      algorithms.Algorithm(name='x', family='x', loss=loss, door='text', divergence=measure)
 
 
 # Printing.
@@ -292,7 +316,9 @@ def test_text_and_json_hold_every_row():
   grpo = next(r for r in rows if r['name'] == 'grpo')
   assert grpo['loss'] == 'ptjax.losses.policy_gradient.grpo_loss'
   assert grpo['hyperparameters']['clip_low'] == 0.2
-  assert grpo['source'] == 'arXiv:2402.03300, DeepSeekMath'
+  assert grpo['source'] == 'arXiv:2402.03300, DeepSeekMath' and grpo['divergence'] is None
+  kd = next(r for r in rows if r['name'] == 'kd')
+  assert kd['divergence'] == 'ptjax.pieces.divergence.forward_kl'
 
 
 # Imports.

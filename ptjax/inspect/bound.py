@@ -15,7 +15,8 @@ from ptjax import types
 from ptjax.training import algorithm as binding
 
 # Keyword arguments that come from the model; positional ones always do.
-_KEYWORD_OUTPUTS = ('demonstration_log_probs', 'corrupted_log_probs', 'logits', 'entropy', 'values')
+_KEYWORD_OUTPUTS = ('demonstration_log_probs', 'corrupted_log_probs', 'divergence', 'entropy',
+                    'values')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +26,15 @@ class Bound:
   Attributes:
     row: algorithms.Algorithm.
     loss: the function, hyperparameters bound.
+    divergence: function of the logits alone, which gives the loss's `divergence`; None where the
+      loss takes none or the batch holds it.
     arguments: name -> what it is called with.
     outputs: name -> array; what a gradient can flow through. `pair` gives `chosen` and `rejected`,
-      `side` gives `responses`: their log-probs.
+      `side` gives `responses`: their log-probs. A divergence that is computed gives `logits`.
   """
   row: Any
   loss: Callable
+  divergence: Callable | None
   arguments: dict
   outputs: dict
 
@@ -44,6 +48,8 @@ class Bound:
           rejected=pair.rejected.replace(log_probs=outputs['rejected']))
     if 'side' in arguments:
       arguments['side'] = arguments['side'].replace(log_probs=outputs['responses'])
+    if self.divergence is not None:
+      arguments['divergence'] = self.divergence(outputs['logits'])
     result = self.loss(**arguments)
     return result[0] if isinstance(result, tuple) else result
 
@@ -83,8 +89,17 @@ def bind(loss, batch, hyperparameters):
   if bound.estimator is not None and set(_required(bound.loss)) - set(arrays):
     made = bound.estimator(**_named(bound.estimator, arrays, f'the advantage of {row.name}'))
     arrays = {**(made if isinstance(made, dict) else {'advantages': made}), **arrays}
+  divergence = None
+  if bound.divergence is not None and 'divergence' not in arrays:
+    teacher = _named(bound.divergence, arrays, f'the divergence of {row.name}')['teacher_logits']
+    divergence = functools.partial(bound.divergence, teacher_logits=teacher)
+    arrays = {**arrays, 'divergence': divergence(arrays['logits'])}
   arguments = _named(bound.loss, arrays, row.name)
-  return Bound(row, bound.loss, arguments, _outputs(bound.loss, arguments))
+  outputs = _outputs(bound.loss, arguments)
+  if divergence is not None:
+    del outputs['divergence']
+    outputs['logits'] = arrays['logits']
+  return Bound(row, bound.loss, divergence, arguments, outputs)
 
 
 def _required(function):

@@ -17,7 +17,7 @@ from ptjax.pieces import reduction
 
 # Outputs of a model beside the log-probs of tokens; a gradient there is no policy gradient.
 NO_POLICY_GRADIENT = {
-    'logits': 'a term over the whole vocabulary',
+    **dict.fromkeys(('divergence', 'logits'), 'a term over the whole vocabulary'),
     'entropy': 'an entropy term, over the whole vocabulary',
     'values': "the critic's regression",
     **dict.fromkeys(('rewards', 'chosen_rewards', 'rejected_rewards'), "a reward model's head"),

@@ -3,13 +3,15 @@
 Arguments that mean the same everywhere:
 
   log_probs: [B, T] float32, nats; log π_θ of each target token. Carries the gradient.
-  logits: [B, T, V]; the student's, which carry the gradient of the vocabulary terms.
-  teacher_logits: [B, T, V]; the teacher's, over the same vocabulary. No gradient.
+  divergence: [B, T] nats, at each target between student and teacher over the whole vocabulary,
+    as one of `pieces.divergence` measures it. The model's head computes it where the logits are, a
+    few positions at a time, so that no [B, T, V] array is kept; which one a row of the algorithm
+    table takes, and its hyperparameters, is said there. Carries the gradient.
   teacher_log_probs: [B, T] nats; the teacher's log-probs of the target tokens.
   old_log_probs: [B, T] nats; the student's own when it sampled the tokens.
   loss_mask: [B, T] bool.
 
-The vocabulary terms are not policy gradients of the sampled token: their weight lies on all of V.
+A divergence is no policy gradient of the sampled token: its weight lies on the whole vocabulary.
 Sequence-level distillation (arXiv:1606.07947) is `imitation.sft_loss` on the teacher's text.
 """
 
@@ -20,47 +22,39 @@ from ptjax.losses import imitation
 from ptjax.losses import policy_gradient
 from ptjax.pieces import bounds
 from ptjax.pieces import denominator
-from ptjax.pieces import divergence
 from ptjax.pieces import likelihood
 from ptjax.pieces import masking
 from ptjax.pieces import reduction
 
 
-def _clean_logits(loss_mask, logits, teacher_logits):
-  if logits.shape != teacher_logits.shape or logits.shape[:2] != loss_mask.shape:
-    raise ValueError(
-        f'logits {logits.shape} and teacher_logits {teacher_logits.shape} must both be [B, T, V] '
-        f'with [B, T] of loss_mask, {loss_mask.shape}: student and teacher share a vocabulary')
-  clean = lambda x: jnp.where(loss_mask[..., None], masking.wide(x), 0.0)
-  return clean(logits), jax.lax.stop_gradient(clean(teacher_logits))
-
-
-def kd_loss(log_probs, *, logits, teacher_logits, loss_mask, nll_coefficient=0.5, temperature=2.0):
+def kd_loss(log_probs, *, divergence, loss_mask, nll_coefficient=0.5, temperature=2.0):
   """Knowledge distillation: a · NLL + (1 - a) T² KL(teacher || student) at temperature T.
 
-  The NLL is at temperature 1. Source: arXiv:1503.02531, section 2; a and T of oxRL.
+  The divergence is `forward_kl` at the same temperature, the NLL at temperature 1. Source:
+  arXiv:1503.02531, section 2; a and T of oxRL.
   """
   bounds.positive(temperature=temperature)
-  logits, teacher_logits = _clean_logits(loss_mask, logits, teacher_logits)
+  bounds.fraction(nll_coefficient=nll_coefficient)
   nll, metrics = imitation.sft_loss(log_probs, loss_mask=loss_mask)
-  kl = reduction.token_mean(
-      divergence.forward_kl(logits / temperature, teacher_logits / temperature), loss_mask)
+  kl = _mean_divergence(divergence, loss_mask)
   loss = nll_coefficient * nll + (1.0 - nll_coefficient) * temperature**2 * kl
   return loss, {**metrics, 'distillation/divergence': jax.lax.stop_gradient(kl)}
 
 
-def gkd_loss(log_probs, *, logits, teacher_logits, loss_mask, interpolation=0.5, temperature=1.0):
+def gkd_loss(log_probs, *, divergence, loss_mask):
   """Generalized KD: mean per token of the Jensen-Shannon divergence between teacher and student.
 
-  The text is the data's or, usually half the time, the student's own. `interpolation` 0 is the
-  forward KL, 1 the reverse. `log_probs` only sets the batch. Source: arXiv:2306.13649, eq. 1.
+  The text is the data's or, usually half the time, the student's own. `interpolation` 0 of
+  `jensen_shannon` is the forward KL, 1 the reverse. `log_probs` only sets the batch. Source:
+  arXiv:2306.13649, eq. 1.
   """
   del log_probs
-  bounds.positive(temperature=temperature)
-  logits, teacher_logits = _clean_logits(loss_mask, logits, teacher_logits)
-  loss = reduction.token_mean(divergence.jensen_shannon(
-      logits / temperature, teacher_logits / temperature, interpolation=interpolation), loss_mask)
+  loss = _mean_divergence(divergence, loss_mask)
   return loss, {'distillation/divergence': jax.lax.stop_gradient(loss)}
+
+
+def _mean_divergence(divergence, loss_mask):
+  return reduction.token_mean(masking.clean(loss_mask, divergence=divergence), loss_mask)
 
 
 def opd_loss(log_probs, *, old_log_probs, teacher_log_probs, loss_mask):
@@ -97,38 +91,33 @@ def _teacher_ratio_loss(log_probs, old_log_probs, teacher_log_probs, loss_mask, 
       reduce=reduction.token_mean)
 
 
-def sdft_loss(log_probs, *, logits, teacher_logits, old_log_probs, loss_mask, interpolation=0.5,
-              top_k=100, max_ratio=2.0):
+def sdft_loss(log_probs, *, divergence, old_log_probs, loss_mask, max_ratio=2.0):
   """Self-distillation from the policy itself with privileged context (the answer, say).
 
-  The Jensen-Shannon divergence over the student's top_k tokens and one bucket for the rest, times
-  the ratio to the sampling policy, truncated at `max_ratio` and stopped; mean per sequence.
-  Source: arXiv:2601.19897; TRL's experimental SDFTTrainer.
+  The divergence, `top_k_jensen_shannon`, times the ratio to the sampling policy, truncated at
+  `max_ratio` and stopped; mean per sequence. Source: arXiv:2601.19897; TRL's experimental
+  SDFTTrainer.
   """
-  logits, teacher_logits = _clean_logits(loss_mask, logits, teacher_logits)
-  log_probs, old_log_probs = masking.clean(
-      loss_mask, log_probs=log_probs, old_log_probs=old_log_probs)
-  per_token = divergence.jensen_shannon(
-      *divergence.onto_top_k(logits, teacher_logits, top_k=top_k), interpolation=interpolation)
+  bounds.positive(max_ratio=max_ratio)
+  log_probs, old_log_probs, per_token = masking.clean(
+      loss_mask, log_probs=log_probs, old_log_probs=old_log_probs, divergence=divergence)
   ratio = denominator.truncated(denominator.old(log_probs, old_log_probs), max_ratio=max_ratio)
   loss = reduction.sequence_mean(jax.lax.stop_gradient(ratio) * per_token, loss_mask)
   return loss, {'distillation/divergence': jax.lax.stop_gradient(
       reduction.token_mean(per_token, loss_mask))}
 
 
-def sdpo_loss(log_probs, *, logits, teacher_logits, old_log_probs, advantages, loss_mask,
-              distillation_weight=1.0, interpolation=0.5, top_k=5, max_ratio=2.0, clip_low=0.2,
-              clip_high=0.2):
+def sdpo_loss(log_probs, *, divergence, old_log_probs, advantages, loss_mask,
+              distillation_weight=1.0, max_ratio=2.0, clip_low=0.2, clip_high=0.2):
   """Self-distillation policy optimization: (1 - w) · GRPO + w · self-distillation.
 
   The teacher is the policy shown feedback or a successful rollout. Source: arXiv:2601.20802; TRL's
   experimental SDPOTrainer.
   """
-  if not 0.0 <= distillation_weight <= 1.0:
-    raise ValueError(f'distillation_weight={distillation_weight}: expected a number in [0, 1]')
+  bounds.fraction(distillation_weight=distillation_weight)
   distilled, metrics = sdft_loss(
-      log_probs, logits=logits, teacher_logits=teacher_logits, old_log_probs=old_log_probs,
-      loss_mask=loss_mask, interpolation=interpolation, top_k=top_k, max_ratio=max_ratio)
+      log_probs, divergence=divergence, old_log_probs=old_log_probs, loss_mask=loss_mask,
+      max_ratio=max_ratio)
   policy, policy_metrics = policy_gradient.grpo_loss(
       log_probs, old_log_probs=old_log_probs, advantages=advantages, loss_mask=loss_mask,
       clip_low=clip_low, clip_high=clip_high)

@@ -240,18 +240,18 @@ def dposhift_loss(pair, *, beta=0.1, rejected_coefficient=0.5):
   return losses.mean(), score.pair_metrics(pair, beta * chosen, beta * rejected)
 
 
-def fdpo_loss(pair, *, beta=0.1, divergence='js', alpha=0.5):
+def fdpo_loss(pair, *, beta=0.1, variant='js', alpha=0.5):
   """f-DPO: -log σ(beta (f'(e^s_w) - f'(e^s_l))) for a divergence other than the reverse KL.
 
   Args:
     pair, beta: see `preference_link`.
-    divergence: one of score.DIVERGENCES; 'reverse_kl' is DPO and oxRL's default.
+    variant: one of score.DIVERGENCES; 'reverse_kl' is DPO and oxRL's default.
     alpha: of 'alpha' alone, in (0, 1); TRL's coefficient is 1 - alpha.
   Source: arXiv:2309.16240. oxRL's forward KL, JS and α-divergence are not the paper's.
   """
   bounds.positive(beta=beta)
   chosen, rejected = score.of_pair(score.log_ratio, pair)
-  slopes = [score.divergence_slope(s, divergence, alpha) for s in (chosen, rejected)]
+  slopes = [score.divergence_slope(s, variant, alpha) for s in (chosen, rejected)]
   losses = link.logistic(beta * (slopes[0] - slopes[1]))
   return losses.mean(), score.pair_metrics(pair, beta * chosen, beta * rejected)
 

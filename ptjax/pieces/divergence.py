@@ -4,7 +4,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ptjax.pieces import bounds
 from ptjax.pieces import denominator
+from ptjax.pieces import masking
 
 
 def k1(log_probs, reference_log_probs):
@@ -25,35 +27,32 @@ def k3(log_probs, reference_log_probs):
   return jnp.exp(bounded) - log_ratio - 1.0
 
 
-def forward_kl(logits, teacher_logits):
+def forward_kl(logits, teacher_logits, *, temperature=1.0):
   """KL(teacher || student) over the vocabulary, [..., V] logits -> [...] nats."""
-  return jensen_shannon(logits, teacher_logits, interpolation=0.0)
+  return jensen_shannon(logits, teacher_logits, interpolation=0.0, temperature=temperature)
 
 
-def reverse_kl(logits, teacher_logits):
+def reverse_kl(logits, teacher_logits, *, temperature=1.0):
   """KL(student || teacher) over the vocabulary, [..., V] logits -> [...] nats."""
-  return jensen_shannon(logits, teacher_logits, interpolation=1.0)
+  return jensen_shannon(logits, teacher_logits, interpolation=1.0, temperature=temperature)
 
 
-def jensen_shannon(logits, teacher_logits, *, interpolation=0.5):
+def jensen_shannon(logits, teacher_logits, *, interpolation=0.5, temperature=1.0):
   """Generalized Jensen-Shannon divergence, b KL(p_T || M) + (1 - b) KL(p_S || M).
 
   M = b p_T + (1 - b) p_S; by definition b = 0 is KL(p_T || p_S) and b = 1 is KL(p_S || p_T).
 
   Args:
     logits: [..., V]; the student's, which carry the gradient. Log-probs do too.
-    teacher_logits: [..., V]; the teacher's, over the same vocabulary.
+    teacher_logits: [..., V]; the teacher's, over the same vocabulary. No gradient.
     interpolation: b in [0, 1].
+    temperature: both distributions are softmax(logits / temperature).
   Returns:
     [...] nats. Source: arXiv:2306.13649, eq. 1.
   """
-  chex.assert_equal_shape(
-      [logits, teacher_logits], exception_type=ValueError,
-      custom_message='student and teacher must share a vocabulary')
-  if not 0.0 <= interpolation <= 1.0:
-    raise ValueError(f'interpolation={interpolation}: expected a number in [0, 1]')
-  student = jax.nn.log_softmax(logits, axis=-1)
-  teacher = jax.nn.log_softmax(teacher_logits, axis=-1)
+  bounds.fraction(interpolation=interpolation)
+  bounds.positive(temperature=temperature)
+  student, teacher = _log_softmax(logits, teacher_logits, temperature)
   kl = lambda log_p, log_q: (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1)
   if interpolation == 0.0:
     return kl(teacher, student)
@@ -64,17 +63,31 @@ def jensen_shannon(logits, teacher_logits, *, interpolation=0.5):
   return b * kl(teacher, mixture) + (1.0 - b) * kl(student, mixture)
 
 
+def top_k_jensen_shannon(logits, teacher_logits, *, interpolation=0.5, top_k=100):
+  """`jensen_shannon` over the student's `top_k` tokens and one bucket for all the others."""
+  return jensen_shannon(
+      *onto_top_k(logits, teacher_logits, top_k=top_k), interpolation=interpolation)
+
+
 def onto_top_k(logits, teacher_logits, *, top_k):
   """Both distributions over the student's `top_k` tokens and one bucket for all the others.
 
   Returns:
     Two arrays of log-probs [..., top_k + 1], each summing to 1 in probability.
   """
-  top_k = min(top_k, logits.shape[-1])
-  student = jax.nn.log_softmax(logits, axis=-1)
-  teacher = jax.nn.log_softmax(teacher_logits, axis=-1)
-  _, indices = jax.lax.top_k(student, top_k)
+  bounds.positive(top_k=top_k)
+  student, teacher = _log_softmax(logits, teacher_logits)
+  _, indices = jax.lax.top_k(student, min(top_k, student.shape[-1]))
   return tuple(_with_tail(jnp.take_along_axis(x, indices, axis=-1)) for x in (student, teacher))
+
+
+def _log_softmax(logits, teacher_logits, temperature=1.0):
+  """Both as log-probs, the teacher's without a gradient, whoever it is."""
+  chex.assert_equal_shape(
+      [logits, teacher_logits], exception_type=ValueError,
+      custom_message='student and teacher must share a vocabulary')
+  of = lambda x: jax.nn.log_softmax(masking.wide(x) / temperature, axis=-1)
+  return of(logits), of(jax.lax.stop_gradient(teacher_logits))
 
 
 def _with_tail(log_probs):

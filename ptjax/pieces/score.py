@@ -94,20 +94,20 @@ def capped_ratio(log_ratios):
 DIVERGENCES = ('reverse_kl', 'forward_kl', 'js', 'alpha')
 
 
-def divergence_slope(log_ratios, divergence, alpha):
+def divergence_slope(log_ratios, variant, alpha):
   """f'(u) of an f-divergence at u = exp(log_ratios), [B], up to a constant (f-DPO).
 
   Args:
     log_ratios: [B] nats.
-    divergence: one of DIVERGENCES.
+    variant: one of DIVERGENCES.
     alpha: of the α-divergence alone, in (0, 1).
   """
-  bounds.choice(DIVERGENCES, divergence=divergence)
-  if divergence == 'reverse_kl':
+  bounds.choice(DIVERGENCES, variant=variant)
+  if variant == 'reverse_kl':
     return log_ratios
-  if divergence == 'forward_kl':
+  if variant == 'forward_kl':
     return -jnp.exp(_capped(-log_ratios, MAX_EXPONENT))
-  if divergence == 'js':
+  if variant == 'js':
     return jax.nn.log_sigmoid(log_ratios)
   bounds.within(None, 1, alpha=alpha)
   return -jnp.expm1(_capped(-alpha * log_ratios, MAX_EXPONENT)) / alpha

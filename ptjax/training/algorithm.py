@@ -16,18 +16,20 @@ class Bound:
     row: algorithms.Algorithm.
     loss: the loss, hyperparameters bound.
     estimator: the advantage estimator, bound, or None.
+    divergence: what the head computes for a loss that takes `divergence`, bound, or None.
     needs_reference: whether the frozen reference's log-probs are inputs.
     needs_old_log_probs: whether old log-probs are needed before the first update of a rollout.
   """
   row: object
   loss: Callable
   estimator: Callable | None
+  divergence: Callable | None
   needs_reference: bool
   needs_old_log_probs: bool
 
 
 def bind(row, hyperparameters, *, updates_per_rollout=1):
-  """Binds `hyperparameters` to a row's loss and advantage estimator.
+  """Binds `hyperparameters` to a row's loss, advantage estimator and divergence.
 
   Args:
     row: algorithms.Algorithm.
@@ -35,7 +37,7 @@ def bind(row, hyperparameters, *, updates_per_rollout=1):
     updates_per_rollout: optimizer steps per rollout; from 2 on, the policy has moved away from
       the old one, whose log-probs must then be kept.
   Raises:
-    UserError: a name that neither the loss nor the estimator has; the accepted ones are listed.
+    UserError: a name that none of them has; the accepted ones are listed.
   """
   known = row.hyperparameters()
   for name in hyperparameters:
@@ -43,7 +45,7 @@ def bind(row, hyperparameters, *, updates_per_rollout=1):
       accepted = ', '.join(f'{k}={v!r}' for k, v in known.items())
       raise settings.UserError(f'--set loss.{name}: {row.name} has no such hyperparameter; '
                                f'it accepts {accepted or "none"}')
-  values = {**row.defaults, **hyperparameters}
+  values = {**known, **hyperparameters}
   models = row.models_for(hyperparameters)
   estimator = None
   if row.advantage is not None and 'advantages' in inspect.signature(row.loss).parameters:
@@ -51,8 +53,9 @@ def bind(row, hyperparameters, *, updates_per_rollout=1):
   by_loss = 'old_log_probs' in inspect.signature(row.loss).parameters and updates_per_rollout > 1
   by_estimator = (estimator is not None and 'reference' in models
                   and 'old_log_probs' in inspect.signature(estimator).parameters)
+  divergence = _partial(row.divergence, values) if row.divergence is not None else None
   return Bound(row=row, loss=_partial(row.loss, values), estimator=estimator,
-               needs_reference='reference' in models,
+               divergence=divergence, needs_reference='reference' in models,
                needs_old_log_probs=by_loss or by_estimator)
 
 

@@ -36,7 +36,7 @@ def shipped_weights(found):
   """-∂loss/∂log_probs [R, T] of the function in the table, called as a trainer would."""
   row, arguments = found.bound.row, found.bound.arguments
   taken = stdlib_inspect.signature(row.loss).parameters
-  defaults = {name: value for name, value in row.defaults.items() if name in taken}
+  defaults = {name: value for name, value in row.hyperparameters().items() if name in taken}
   def gradient(name):
     if name not in arguments:
       return None

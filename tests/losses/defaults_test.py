@@ -74,7 +74,7 @@ DEFAULTS = {  # rows without an entry have no hyperparameters
     'rdpo': dict(BETA, alpha=0.01), 'rdpo_oxrl': dict(BETA, alpha=0.01),
     'hdpo': dict(BETA, alpha=0.9),
     'dposhift': dict(BETA, rejected_coefficient=0.5),
-    'fdpo': dict(BETA, divergence='js', alpha=0.5),
+    'fdpo': dict(BETA, variant='js', alpha=0.5),
     'chipo': dict(BETA, max_reward=None),
     'spo': dict(beta=2.5, margin=0.8),
     'dpop': dict(BETA, penalty_coefficient=5.0),

@@ -8,6 +8,7 @@ import pytest
 from ptjax.losses import distillation
 from ptjax.losses import imitation
 from ptjax.losses import policy_gradient
+from ptjax.pieces import divergence
 
 rng = np.random.default_rng(0)
 B, T, V = 3, 4, 6
@@ -22,22 +23,22 @@ def picked(logits):
 
 LOG_PROBS, TEACHER_LOG_PROBS = picked(LOGITS), picked(TEACHER)
 OLD = LOG_PROBS + 0.1
+FORWARD_KL = divergence.forward_kl(LOGITS, TEACHER)
 
 
 def test_kd_lies_between_sft_and_the_teacher():
   value = lambda **hyper: distillation.kd_loss(
-      LOG_PROBS, logits=LOGITS, teacher_logits=TEACHER, loss_mask=MASK, **hyper)[0]
+      LOG_PROBS, divergence=FORWARD_KL, loss_mask=MASK, **hyper)[0]
   np.testing.assert_allclose(value(nll_coefficient=1.0),
                              imitation.sft_loss(LOG_PROBS, loss_mask=MASK)[0], rtol=1e-6)
-  forward = distillation.gkd_loss(
-      LOG_PROBS, logits=LOGITS, teacher_logits=TEACHER, loss_mask=MASK, interpolation=0.0)[0]
+  forward = distillation.gkd_loss(LOG_PROBS, divergence=FORWARD_KL, loss_mask=MASK)[0]
   np.testing.assert_allclose(value(nll_coefficient=0.0, temperature=1.0), forward, rtol=1e-6)
 
 
 def test_a_student_like_its_teacher_has_nothing_to_learn():
   def loss(logits):
     return distillation.gkd_loss(
-        LOG_PROBS, logits=logits, teacher_logits=LOGITS, loss_mask=MASK)[0]
+        LOG_PROBS, divergence=divergence.jensen_shannon(logits, LOGITS), loss_mask=MASK)[0]
   value, grad = jax.value_and_grad(loss)(jnp.asarray(LOGITS))
   np.testing.assert_allclose(value, 0.0, atol=1e-6)
   np.testing.assert_allclose(grad, 0.0, atol=1e-6)
@@ -63,24 +64,25 @@ def test_early_tokens_weigh_up_to_one_and_a_half():
 
 
 def test_sdpo_mixes_its_two_parts():
-  inputs = dict(logits=LOGITS, teacher_logits=TEACHER, old_log_probs=OLD, loss_mask=MASK)
+  inputs = dict(divergence=FORWARD_KL, old_log_probs=OLD, loss_mask=MASK)
   advantages = jnp.array([1.0, -1.0, 0.5])
   mixed = [distillation.sdpo_loss(
-      LOG_PROBS, advantages=advantages, distillation_weight=w, top_k=3, **inputs)[0]
+      LOG_PROBS, advantages=advantages, distillation_weight=w, **inputs)[0]
            for w in (0.0, 0.25, 1.0)]
   policy = policy_gradient.grpo_loss(
       LOG_PROBS, old_log_probs=OLD, advantages=advantages, loss_mask=MASK)[0]
-  distilled = distillation.sdft_loss(LOG_PROBS, top_k=3, **inputs)[0]
+  distilled = distillation.sdft_loss(LOG_PROBS, **inputs)[0]
   np.testing.assert_allclose(
       mixed, [policy, 0.75 * policy + 0.25 * distilled, distilled], rtol=1e-5)
 
 
 def test_bad_input_is_named():
-  inputs = dict(logits=LOGITS, teacher_logits=TEACHER, loss_mask=MASK)
+  inputs = dict(divergence=FORWARD_KL, loss_mask=MASK)
   bad = [
-      (distillation.gkd_loss, {'teacher_logits': TEACHER[..., :5]}, 'share a vocabulary'),
-      (distillation.gkd_loss, {'interpolation': -0.1}, 'interpolation=-0.1'),
+      (distillation.gkd_loss, {'divergence': FORWARD_KL[:, :2]}, r'divergence has shape \(3, 2\)'),
       (distillation.kd_loss, {'temperature': 0.0}, 'temperature=0.0'),
+      (distillation.kd_loss, {'nll_coefficient': 1.2}, 'nll_coefficient=1.2'),
+      (distillation.sdft_loss, {'max_ratio': 0.0, 'old_log_probs': OLD}, 'max_ratio=0.0'),
       (distillation.sdpo_loss, {'distillation_weight': 1.5, 'old_log_probs': OLD,
                                 'advantages': jnp.ones(B)}, 'distillation_weight=1.5')]
   for loss, change, message in bad:

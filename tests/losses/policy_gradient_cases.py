@@ -5,6 +5,7 @@ import inspect
 import typing
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ptjax.losses import distillation
@@ -12,6 +13,7 @@ from ptjax.losses import hybrid
 from ptjax.losses import imitation
 from ptjax.losses import policy_gradient as pg
 from ptjax.losses import policy_gradient_sequence as seq
+from ptjax.pieces import divergence
 
 B, T, V, G = 8, 6, 7, 4
 ATTACHED = ('log_probs', 'values', 'entropy', 'logits')  # what a model's gradient comes through
@@ -27,6 +29,7 @@ class Case:
   whole_vocabulary: bool = False  # part of its gradient is no weight on the sampled token
   advantages: str = 'advantages'  # which of the arrays below it gets
   without: tuple = ()  # optional arrays left out
+  divergence: typing.Callable | None = None  # what a head makes of logits for the loss
 
   @property
   def id(self):
@@ -35,8 +38,29 @@ class Case:
   @property
   def arrays(self):
     """Names of the arrays the loss takes, `log_probs` first."""
-    parameters = inspect.signature(self.loss).parameters
+    parameters = inspect.signature(self.of_model).parameters
     return [n for n in parameters if n in NAMES and n not in self.without]
+
+  @property
+  def of_model(self):
+    """The loss as a function of what a model says, logits in place of a divergence."""
+    return self.loss if self.divergence is None else from_logits(self.loss, self.divergence)
+
+
+def from_logits(loss, divergence):
+  """`loss` with `logits` and `teacher_logits` [B, T, V] in place of its `divergence` [B, T]."""
+  own, head = (inspect.signature(f).parameters for f in (loss, divergence))
+  def of_logits(log_probs, *, logits, teacher_logits, loss_mask, **arguments):
+    clean = lambda x: jnp.where(loss_mask[..., None], x, 0.0)
+    measured = divergence(clean(logits), clean(teacher_logits), **{
+        n: x for n, x in arguments.items() if n in head})
+    measured = jnp.where(loss_mask, measured, logits[..., 0])  # padding holds anything
+    return loss(log_probs, divergence=measured, loss_mask=loss_mask, **{
+        n: x for n, x in arguments.items() if n in own})
+  of_logits.__signature__ = inspect.Signature([
+      p.replace(kind=p.POSITIONAL_OR_KEYWORD if name == 'log_probs' else p.KEYWORD_ONLY)
+      for name, p in {**own, **head}.items() if name != 'divergence'])
+  return of_logits
 
 
 clip = dict(clip_low=0.2, clip_high=0.3)
@@ -76,15 +100,17 @@ CASES = [
     Case('a_star_po', seq.a_star_po_loss, {'beta': 0.2}),
     Case('rebel', seq.rebel_loss, {'eta': 0.7}),
     Case('nash_md', seq.nash_md_loss, {'kl_coefficient': 0.3}),
-    Case('kd', distillation.kd_loss, {'nll_coefficient': 0.3, 'temperature': 2.0}, True),
-    *(Case('gkd', distillation.gkd_loss, {'interpolation': b, 'temperature': 0.9}, True)
-      for b in (0.0, 0.3, 1.0)),
+    Case('kd', distillation.kd_loss, {'nll_coefficient': 0.3, 'temperature': 2.0}, True,
+         divergence=divergence.forward_kl),
+    *(Case('gkd', distillation.gkd_loss, {'interpolation': b, 'temperature': 0.9}, True,
+           divergence=divergence.jensen_shannon) for b in (0.0, 0.3, 1.0)),
     Case('opd', distillation.opd_loss, {}),
     Case('iw_opd', distillation.iw_opd_loss, {'gamma': 0.5}),
     Case('sdft', distillation.sdft_loss, {'interpolation': 0.3, 'top_k': 3, 'max_ratio': 1.2},
-         True),
+         True, divergence=divergence.top_k_jensen_shannon),
     Case('sdpo', distillation.sdpo_loss, dict(
-        clip, distillation_weight=0.6, interpolation=0.5, top_k=2, max_ratio=1.2), True),
+        clip, distillation_weight=0.6, interpolation=0.5, top_k=2, max_ratio=1.2), True,
+         divergence=divergence.top_k_jensen_shannon),
     Case('hpt', hybrid.hpt_loss, dict(rows, sft_coefficient=0.3, entropy_coefficient=0.1), True),
     Case('luffy', hybrid.luffy_loss, dict(rows, entropy_coefficient=0.1), True),
     Case('srft', hybrid.srft_loss, dict(
@@ -157,7 +183,7 @@ def call(case, inputs):
   """The loss on its inputs, a dict by the argument names of the loss."""
   inputs = dict(inputs)
   extra = {'key': jax.random.key(3)} if 'key' in inspect.signature(case.loss).parameters else {}
-  return case.loss(inputs.pop('log_probs'), **inputs, **extra, **case.hyper)
+  return case.of_model(inputs.pop('log_probs'), **inputs, **extra, **case.hyper)
 
 
 def inputs_of(case, arrays, dtype=np.float64):

@@ -20,6 +20,7 @@ from ptjax.losses import imitation
 from ptjax.losses import modifiers
 from ptjax.losses import policy_gradient as pg
 from ptjax.losses import policy_gradient_sequence as seq
+from ptjax.pieces import divergence
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import policy_gradient_cases as cases
@@ -261,8 +262,9 @@ def test_generalized_jensen_shannon(interpolation, arrays):
       logits, t['teacher_logits'], labels=labels, beta=interpolation, temperature=0.9,
       num_items_in_batch=t['loss_mask'].sum())
   loss.backward()
-  agree(ours(distillation.gkd_loss, arrays, ('logits',), interpolation=interpolation,
-             temperature=0.9), {'loss': loss.item(), 'logits': logits.grad.numpy()}, ('logits',))
+  gkd = cases.from_logits(distillation.gkd_loss, divergence.jensen_shannon)
+  agree(ours(gkd, arrays, ('logits',), interpolation=interpolation, temperature=0.9),
+        {'loss': loss.item(), 'logits': logits.grad.numpy()}, ('logits',))
 
 
 def picked(arrays):
@@ -323,7 +325,9 @@ def test_self_distillation(weight, arrays):
   loss.backward()
   want = {'loss': loss.item(), 'logits': logits.grad.numpy()}
   hyper = dict(interpolation=0.3, top_k=3, max_ratio=1.2)
-  agree(ours(of_logits(distillation.sdpo_loss), arrays, ('logits',), distillation_weight=weight,
-             **clip, **hyper), want, ('logits',))
+  sdpo, sdft = (of_logits(cases.from_logits(loss, divergence.top_k_jensen_shannon))
+                for loss in (distillation.sdpo_loss, distillation.sdft_loss))
+  agree(ours(sdpo, arrays, ('logits',), distillation_weight=weight, **clip, **hyper), want,
+        ('logits',))
   if weight == 1.0:
-    agree(ours(of_logits(distillation.sdft_loss), arrays, ('logits',), **hyper), want, ('logits',))
+    agree(ours(sdft, arrays, ('logits',), **hyper), want, ('logits',))

@@ -234,12 +234,12 @@ logistic_row('dposhift',
              lambda w, l, beta, rejected_coefficient: (beta, -rejected_coefficient * beta))
 
 
-def _f_slope(s, divergence, alpha=None):
+def _f_slope(s, variant, alpha=None):
   """f'(e^s) and u f''(u) at u = e^s."""
   u = np.exp(s)
   return {'reverse_kl': lambda: (np.log(u), np.ones_like(u)), 'forward_kl': lambda: (-1 / u, 1 / u),
           'js': lambda: (np.log(2 * u / (1 + u)), 1 / (1 + u)),
-          'alpha': lambda: ((1 - u ** -alpha) / alpha, u ** -alpha)}[divergence]()
+          'alpha': lambda: ((1 - u ** -alpha) / alpha, u ** -alpha)}[variant]()
 
 
 logistic_row('fdpo',

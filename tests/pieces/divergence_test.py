@@ -43,6 +43,26 @@ def test_exact_divergences():
       divergence.jensen_shannon(STUDENT, TEACHER, interpolation=0.3), want, rtol=1e-4)
   np.testing.assert_allclose(
       divergence.jensen_shannon(STUDENT, STUDENT + 3.0), 0.0, atol=1e-6)
+  hot, warm = (softmax(x.astype(np.float64) / 2.0) for x in (STUDENT, TEACHER))
+  np.testing.assert_allclose(
+      divergence.forward_kl(STUDENT, TEACHER, temperature=2.0), kl(warm, hot), rtol=1e-4)
+  np.testing.assert_allclose(
+      divergence.reverse_kl(STUDENT, TEACHER, temperature=2.0), kl(hot, warm), rtol=1e-4)
+
+
+def test_a_teacher_that_shares_parameters_learns_nothing():
+  for measure in (divergence.forward_kl, divergence.reverse_kl, divergence.jensen_shannon,
+                  functools.partial(divergence.top_k_jensen_shannon, top_k=2)):
+    grad = jax.grad(lambda x: measure(STUDENT, x).sum())(jnp.asarray(TEACHER))
+    assert not grad.any()
+
+
+def test_half_precision_logits_are_widened():
+  half = jnp.asarray(STUDENT, jnp.bfloat16)
+  for measure in (divergence.forward_kl, divergence.top_k_jensen_shannon):
+    got = measure(half, jnp.asarray(TEACHER, jnp.bfloat16))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, measure(np.asarray(half, np.float32), TEACHER), rtol=0.05)
 
 
 def test_top_k_with_its_tail():
@@ -52,7 +72,7 @@ def test_top_k_with_its_tail():
     assert student.shape == (3, min(k, 6) + 1)
     for x in (student, teacher):
       np.testing.assert_allclose(np.exp(x).sum(-1), 1.0, rtol=1e-5)
-    assert (divergence.jensen_shannon(student, teacher)
+    assert (divergence.top_k_jensen_shannon(STUDENT, TEACHER, top_k=k)
             <= divergence.jensen_shannon(STUDENT, TEACHER) + 1e-5).all()  # merging loses
     grad = jax.jit(jax.grad(lambda x: merge(x, TEACHER)[0].sum()))(STUDENT)
     assert np.isfinite(grad).all()
@@ -69,3 +89,7 @@ def test_bad_input_is_named():
     divergence.jensen_shannon(STUDENT, TEACHER[:, :5])
   with pytest.raises(ValueError, match='interpolation=1.5'):
     divergence.jensen_shannon(STUDENT, TEACHER, interpolation=1.5)
+  with pytest.raises(ValueError, match='temperature=0.0'):
+    divergence.forward_kl(STUDENT, TEACHER, temperature=0.0)
+  with pytest.raises(ValueError, match='top_k=0'):
+    divergence.top_k_jensen_shannon(STUDENT, TEACHER, top_k=0)

@@ -33,7 +33,7 @@ B = P * G
 
 # What the step cannot offer yet: outputs of a model beside the policy's log-probs and entropy.
 DECLARED = {
-    **dict.fromkeys(('kd', 'gkd', 'sdft', 'sdpo'), 'logits over the vocabulary, and a teacher\'s'),
+    **dict.fromkeys(('kd', 'gkd', 'sdft', 'sdpo'), 'a divergence from a teacher'),
     **dict.fromkeys(('ppo', 'ppo_dual_clip'), "a critic's values"),
     **dict.fromkeys(('reward_bt', 'reward_margin', 'reward_centred', 'reward_kwise', 'orm'),
                     "a reward head's output"),

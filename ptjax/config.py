@@ -49,6 +49,28 @@ class ModelSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+  """Low-rank adapters, which train in place of the weights."""
+  rank: int = 0  # 0 trains all weights
+  alpha: float = 16.0  # adapters count alpha / rank times, with rslora alpha / sqrt(rank) times
+  variant: str = 'lora'  # lora, rslora or dora
+  targets: tuple[str, ...] = ('all-linear',)  # which layers get adapters, e.g. query,value
+
+  def __post_init__(self):
+    _choice('lora.variant', self.variant, ('lora', 'rslora', 'dora'))
+    _positive('lora.alpha', self.alpha)
+    if self.rank < 0:
+      raise UserError(f'lora.rank={self.rank}: expected a positive rank, or 0 to train all weights')
+    if not self.targets:
+      raise UserError('lora.targets is empty: name layers, e.g. query,value, or all-linear')
+
+  @property
+  def scale(self):
+    """What the product of the adapters is multiplied by."""
+    return self.alpha / (self.rank**0.5 if self.variant == 'rslora' else self.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings:
   """From rows to prompts."""
   columns: dict = dataclasses.field(default_factory=dict)  # ours -> the file's column name
@@ -201,6 +223,7 @@ class Config:
   mesh: str = ''  # e.g. 'data=1,fsdp=8,tensor=1'; empty: all devices on fsdp
   loss: dict = dataclasses.field(default_factory=dict)  # the loss's own hyperparameters
   model_settings: ModelSettings = ModelSettings()
+  lora: LoraSettings = LoraSettings()
   data: DataSettings = DataSettings()
   rollout: RolloutSettings = RolloutSettings()
   rewards: RewardSettings = RewardSettings()

@@ -43,6 +43,12 @@ _PARAM_RULES = (
     (r'(gate|up)/kernel', ('fsdp', 'tensor')),  # [d, f]
     (r'(gate|up)/bias', ('tensor',)),
     (r'(out|down)/kernel', ('tensor', 'fsdp')),  # [heads * D, d], [f, d]
+    # Adapters: A is split like its kernel's rows, B and the magnitude like its columns.
+    (r'(query|key|value|gate|up)/lora_a', ('fsdp', None)),  # [d, r]
+    (r'(query|key|value|gate|up)/lora_b', (None, 'tensor')),  # [r, heads * D], [r, f]
+    (r'(query|key|value|gate|up)/magnitude', ('tensor',)),
+    (r'(out|down)/lora_a', ('tensor', None)),  # [heads * D, r], [f, r]
+    (r'(out|down)/lora_b', (None, 'fsdp')),  # [r, d]
 )
 
 

@@ -12,6 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from ptjax.models import config as config_lib
+from ptjax.models import lora
 from ptjax.models import rope
 
 
@@ -65,11 +66,28 @@ def init_scale(config):
   return config.width**-0.5
 
 
-def dense(config, features, use_bias, name, scale=None):
-  """A linear layer of the model, `features` wide."""
-  return nn.Dense(features, use_bias=use_bias, dtype=jnp.dtype(config.dtype),
-                  param_dtype=jnp.dtype(config.param_dtype),
-                  kernel_init=nn.initializers.normal(scale or init_scale(config)), name=name)
+class Dense(nn.Module):
+  """A linear layer of the model; with adapters (see lora.py) where the parameters hold them."""
+  config: config_lib.TransformerConfig
+  features: int
+  use_bias: bool
+  scale: float | None = None  # standard deviation of a fresh kernel; None: init_scale
+
+  @nn.compact
+  def __call__(self, x):  # [N, in] -> [N, features]
+    config = self.config
+    dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
+    kernel = self.param('kernel', nn.initializers.normal(self.scale or init_scale(config)),
+                        (x.shape[-1], self.features), param_dtype)
+    x = x.astype(dtype)
+    if self.has_variable('params', 'lora_a'):
+      out = lora.project(x, kernel, self.variables['params'], dtype)
+    else:
+      out = x @ kernel.astype(dtype)
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, (self.features,), param_dtype)
+      out += bias.astype(dtype)[None]
+    return out
 
 
 def residual_scale(config):
@@ -85,8 +103,10 @@ class Attention(nn.Module):
   def __call__(self, x, rope_table, window, attend, cache):
     """Returns ([N, width], new cache); arguments as in `transformer.Block`."""
     config = self.config
-    heads = lambda name, count: dense(config, count * config.head_dim, config.qkv_bias, name)(
-        x).reshape(-1, count, config.head_dim)
+    def heads(name, count):
+      out = Dense(config, count * config.head_dim, config.qkv_bias, name=name)(x)
+      return out.reshape(-1, count, config.head_dim)
+
     query = nn.with_logical_constraint(heads('query', config.num_heads), ('batch', 'heads', None))
     key = heads('key', config.num_kv_heads)  # [N, kv, D]
     value = heads('value', config.num_kv_heads)
@@ -96,7 +116,7 @@ class Attention(nn.Module):
     if rope_table is not None:
       query, key = rope.rotate(query, rope_table), rope.rotate(key, rope_table)
     out, cache = attend(query, key, value, window, cache)
-    out = dense(config, config.width, config.out_bias, 'out', residual_scale(config))(
+    out = Dense(config, config.width, config.out_bias, residual_scale(config), name='out')(
         out.reshape(-1, config.num_heads * config.head_dim))
     return out, cache
 
@@ -108,16 +128,16 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x):  # [N, width] -> [N, width]
     config = self.config
-    wide = functools.partial(dense, config, config.mlp_width, config.mlp_bias)
+    wide = functools.partial(Dense, config, config.mlp_width, config.mlp_bias)
     if config.gated_mlp:
-      hidden = _activate(config, wide('gate')(x)) * wide('up')(x)
+      hidden = _activate(config, wide(name='gate')(x)) * wide(name='up')(x)
     else:
-      hidden = _activate(config, wide('up')(x))
+      hidden = _activate(config, wide(name='up')(x))
     hidden = nn.with_logical_constraint(hidden, ('batch', 'mlp'))
     # Without the barrier XLA:CPU recomputes the activation's gradient column by column, inside
     # the transposed product that reads it; measured 1.5x on a whole update.
     hidden = lax.optimization_barrier(hidden)
-    return dense(config, config.width, config.mlp_bias, 'down', residual_scale(config))(hidden)
+    return Dense(config, config.width, config.mlp_bias, residual_scale(config), name='down')(hidden)
 
 
 def _activate(config, x):

@@ -4,9 +4,9 @@ import jax
 import optax
 
 # Last path components of the leaves that do not decay unless the user asks for it: shrinking a
-# norm's scale or a bias regularises nothing, and an embedding row decays on every step although
-# its token is rarely seen.
-_NOT_DECAYED = ('scale', 'bias', 'embedding')
+# norm's scale, a bias or DoRA's magnitudes regularises nothing, and an embedding row decays on every
+# step although its token is rarely seen.
+_NOT_DECAYED = ('scale', 'bias', 'embedding', 'magnitude')
 
 
 def make_optimizer(settings, total_steps, params_shapes):

@@ -161,6 +161,8 @@ def test_decay_mask_goes_by_name_not_by_shape():
   mask = optimizer.decay_mask(_tree(0))
   assert mask == {'layers': {'norm': {'scale': False}, 'up': {'kernel': True, 'bias': False}},
                   'embed': {'embedding': False}, 'head': {'kernel': True}}
+  adapter = dict.fromkeys(('lora_a', 'lora_b', 'magnitude'), 0)
+  assert optimizer.decay_mask(adapter) == {'lora_a': True, 'lora_b': True, 'magnitude': False}
 
 
 def test_moments_take_the_parameters_dtype():

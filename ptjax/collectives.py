@@ -93,5 +93,6 @@ def _group_size(line):
   named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)  # axes by name
   if named:
     sizes = dict(re.findall(r"('[^']+')=(\d+)", named[1]))
-    return math.prod(int(sizes[axis]) for axis in named[2].split(','))
+    # Of an axis that is split further, the part that takes part follows a colon: 'a':(2)4 is 4.
+    return math.prod(int(sizes.get(axis) or axis.rsplit(')', 1)[1]) for axis in named[2].split(','))
   return 2  # a permute has no groups, and its factor is 1 whatever they are

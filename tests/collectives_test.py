@@ -52,6 +52,8 @@ def test_a_program_on_one_device_sends_nothing():
     ('%a = bf16[10,4]{1,0} all-gather(%x), replica_groups=[2,4]<=[8]', 'all-gather', 60),
     ("%a = (f32[10]{0}, /*index=1*/f32[]) all-reduce(%x, %y), "
      "replica_groups=mesh['a'=2,'b'=4] {'a','b'}", 'all-reduce', 2 * 7 / 8 * 40),
+    ("%a = f32[10,4]{1,0} all-gather(%x), replica_groups=mesh['a'=8,'b'=2] {'b','a':(2)4}",
+     'all-gather', 140),
     ('%a = f32[5]{0} reduce-scatter(%x), replica_groups=[1,8]<=[8]', 'reduce-scatter', 140),
     ('ROOT %a = (f32[5]{0}, f32[10]{0}) all-gather-start(%x), replica_groups=[4,2]<=[8]',
      'all-gather', 20),

@@ -5,15 +5,13 @@ Only safetensors are read, never a pickle, and code that comes with a model is n
 
 import dataclasses
 import functools
-import json
 import os
-import shutil
 
 import huggingface_hub
 import jax
-from jax.experimental import multihost_utils
 
 from ptjax import config as settings
+from ptjax.models import folders
 from ptjax.models import hf_config
 from ptjax.models import hf_weights
 from ptjax.models import transformer
@@ -48,7 +46,7 @@ def load(path_or_name, *, dtype=None, param_dtype=None, shardings=None):
 def load_config(path_or_name, *, dtype=None, param_dtype=None):
   """Reads a model's `TransformerConfig`; its dtypes are the checkpoint's where not given."""
   path = os.path.join(resolve(path_or_name, weights=False), 'config.json')
-  raw = _read_json(path)
+  raw = folders.read_json(path)
   try:
     config = hf_config.from_hf(raw)
     given = {'dtype': dtype, 'param_dtype': param_dtype}
@@ -104,7 +102,7 @@ def load_stop_ids(path_or_name, tokenizer):
   for filename in ('config.json', 'generation_config.json'):
     path = os.path.join(directory, filename)
     if os.path.exists(path):
-      found = _read_json(path).get('eos_token_id')
+      found = folders.read_json(path).get('eos_token_id')
       ids.update(found if isinstance(found, list) else [found])
   return tuple(sorted(ids - {None}))
 
@@ -164,11 +162,6 @@ def export(out_dir, config, params, tokenizer, *, stop_ids=None, max_file_bytes=
     UserError: `out_dir` holds something that is not a model, or its family cannot express
       `config`.
   """
-  out_dir = os.path.abspath(os.fspath(out_dir))
-  if os.path.exists(out_dir) and not os.path.exists(os.path.join(out_dir, 'config.json')) and (
-      not os.path.isdir(out_dir) or os.listdir(out_dir)):
-    raise settings.UserError(
-        f'{out_dir} exists and is not a model directory; it would be lost, so choose another one')
   ids = {'bos_id': None, 'eos_id': None, 'pad_id': None}
   if tokenizer is not None:
     ids = {'bos_id': tokenizer.bos_token_id, 'eos_id': tokenizer.eos_token_id,
@@ -179,45 +172,13 @@ def export(out_dir, config, params, tokenizer, *, stop_ids=None, max_file_bytes=
                 'pad_token_id': ids['pad_id']}
   generation = {key: value for key, value in generation.items() if value is not None}
 
-  temporary, previous = (f'{out_dir}.{what}-{os.getpid()}' for what in ('partial', 'previous'))
-  writer = jax.process_index() == 0
-  try:
-    if writer:
-      os.makedirs(temporary)
-      _write_json(os.path.join(temporary, 'config.json'), raw)
-      _write_json(os.path.join(temporary, 'generation_config.json'), generation)
+  with folders.replacing(out_dir, marker='config.json', kind='a model') as folder:
+    if jax.process_index() == 0:
+      folders.write_json(os.path.join(folder, 'config.json'), raw)
+      folders.write_json(os.path.join(folder, 'generation_config.json'), generation)
       if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
-    hf_weights.write(temporary, config, params, max_file_bytes)
-    if writer:
-      for filename in hf_weights.weight_files(temporary):  # safetensors makes them private
-        shutil.copymode(os.path.join(temporary, 'config.json'), os.path.join(temporary, filename))
-      if os.path.exists(out_dir):
-        os.rename(out_dir, previous)
-      os.rename(temporary, out_dir)
-      shutil.rmtree(previous, ignore_errors=True)
-  finally:
-    if writer:
-      shutil.rmtree(temporary, ignore_errors=True)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('export')  # nobody reads before it is there
-
-
-def _read_json(path):
-  try:
-    with open(path, encoding='utf-8') as file:
-      raw = json.load(file)
-  except ValueError as error:
-    raise settings.UserError(f'{path} is not JSON: {error}') from None
-  if not isinstance(raw, dict):
-    raise settings.UserError(f'{path} must hold a JSON object, not {type(raw).__name__}')
-  return raw
-
-
-def _write_json(path, value):
-  with open(path, 'w', encoding='utf-8') as file:
-    json.dump(value, file, indent=2)
-    file.write('\n')
+        tokenizer.save_pretrained(folder)
+    hf_weights.write(folder, config, params, max_file_bytes)
 
 
 def _first_line(error):

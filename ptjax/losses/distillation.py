@@ -25,6 +25,7 @@ from ptjax.pieces import denominator
 from ptjax.pieces import likelihood
 from ptjax.pieces import masking
 from ptjax.pieces import reduction
+from ptjax.pieces import returns
 
 
 def kd_loss(log_probs, *, divergence, loss_mask, nll_coefficient=0.5, temperature=2.0):
@@ -89,6 +90,37 @@ def _teacher_ratio_loss(log_probs, old_log_probs, teacher_log_probs, loss_mask, 
   return likelihood.weighted_loss(
       log_probs, loss_mask, advantages=advantages, ratio=ratio, value=ratio * advantages,
       reduce=reduction.token_mean)
+
+
+def minillm_loss(log_probs, *, divergence, old_log_probs, teacher_log_probs, loss_mask,
+                 discount=1.0, clip_low=0.2, clip_high=0.2):
+  """MiniLLM: the reverse KL of whole responses, the present token exactly and the rest by returns.
+
+  The present token's part is the divergence, `reverse_kl`. The future's is PPO's clipped surrogate
+  with the advantage Σ_{u>t} γ^{u-t-1} r_u / Σ_{u>t} γ^{u-t-1}, r_u = log π_teacher - log π_old: the
+  mean teacher log-ratio of the tokens still to come, so that long responses are not favoured.
+
+  Args:
+    discount: γ per token, in (0, 1]; 1 in the paper.
+    The others: see the module, and `policy_gradient`.
+  Source: arXiv:2306.08543, section 2.2 and algorithm 1, whose sampling from a mixture with the
+  teacher and language-modelling term on other text are left out.
+  """
+  bounds.positive(discount=discount)
+  bounds.fraction(discount=discount)
+  old, teacher = masking.clean(
+      loss_mask, old_log_probs=old_log_probs, teacher_log_probs=teacher_log_probs)
+  rewards = teacher - old
+  # γ of the sums, which cancels in their ratio.
+  future, weight = (returns.to_go(x, loss_mask, discount=discount) - x
+                    for x in (rewards, loss_mask.astype(rewards.dtype)))
+  last = returns.last_token(loss_mask) | ~loss_mask
+  advantages = jnp.where(last, 0.0, future) / jnp.where(last, 1.0, weight)
+  policy, metrics = policy_gradient.clipped_surrogate(
+      log_probs, old_log_probs, advantages, loss_mask, clip_low=clip_low, clip_high=clip_high,
+      reduce=reduction.token_mean)
+  kl = _mean_divergence(divergence, loss_mask)
+  return policy + kl, {**metrics, 'distillation/divergence': jax.lax.stop_gradient(kl)}
 
 
 def sdft_loss(log_probs, *, divergence, old_log_probs, loss_mask, max_ratio=2.0):

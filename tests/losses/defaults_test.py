@@ -30,6 +30,7 @@ DEFAULTS = {  # rows without an entry have no hyperparameters
     'kd': dict(nll_coefficient=0.5, temperature=2.0),
     'gkd': dict(interpolation=0.5, temperature=1.0),
     'iw_opd': dict(gamma=0.5),
+    'minillm': dict(CLIP, discount=1.0, temperature=1.0),
     'sdft': dict(interpolation=0.5, top_k=100, max_ratio=2.0),
     'sdpo': dict(CLIP, distillation_weight=1.0, interpolation=0.5, top_k=5, max_ratio=2.0,
                  epsilon=1e-4),

@@ -63,6 +63,32 @@ def test_early_tokens_weigh_up_to_one_and_a_half():
   np.testing.assert_allclose(gradient(distillation.iw_opd_loss, gamma=0.0), plain, rtol=1e-6)
 
 
+def test_minillm_splits_the_reverse_kl_of_a_response():
+  """Undivided by lengths, its gradient is that of KL(π || teacher) over all responses of 2 tokens."""
+  rng = np.random.default_rng(1)
+  logits, teacher = rng.normal(size=(2, 1 + V, V))  # of the first token; of the second after each
+  written = np.stack(np.divmod(np.arange(V * V), V), axis=1)  # [V², 2], every response
+  rows = np.stack([0 * written[:, 0], 1 + written[:, 0]], axis=1)  # which logits wrote each token
+  of = lambda x: jnp.take_along_axis(
+      jax.nn.log_softmax(x)[rows], written[..., None], axis=-1)[..., 0]
+  def exact(logits):
+    p = jnp.exp(of(logits).sum(1))
+    return (p * (of(logits) - of(teacher)).sum(1)).sum()
+  with jax.enable_x64(True):
+    logits, teacher = jnp.asarray(logits), jnp.asarray(teacher)
+    chance = jnp.exp(of(logits).sum(1))
+    def sampled(logits, i):  # the loss of one response, times its two tokens
+      loss, _ = distillation.minillm_loss(
+          of(logits)[i][None], divergence=divergence.reverse_kl(logits, teacher)[rows][i][None],
+          old_log_probs=of(start)[i][None], teacher_log_probs=of(teacher)[i][None],
+          loss_mask=jnp.ones((1, 2), bool))
+      return 2.0 * loss
+    start = logits
+    gradients = jax.jit(jax.vmap(jax.grad(sampled), (None, 0)))(logits, jnp.arange(V * V))
+    got = jnp.tensordot(chance, gradients, 1)
+    np.testing.assert_allclose(got, jax.grad(exact)(logits), rtol=1e-9, atol=1e-12)
+
+
 def test_sdpo_mixes_its_two_parts():
   inputs = dict(divergence=FORWARD_KL, old_log_probs=OLD, loss_mask=MASK)
   advantages = jnp.array([1.0, -1.0, 0.5])
@@ -82,6 +108,8 @@ def test_bad_input_is_named():
       (distillation.gkd_loss, {'divergence': FORWARD_KL[:, :2]}, r'divergence has shape \(3, 2\)'),
       (distillation.kd_loss, {'temperature': 0.0}, 'temperature=0.0'),
       (distillation.kd_loss, {'nll_coefficient': 1.2}, 'nll_coefficient=1.2'),
+      (distillation.minillm_loss, {'discount': 0.0, 'old_log_probs': OLD,
+                                   'teacher_log_probs': OLD}, 'discount=0.0'),
       (distillation.sdft_loss, {'max_ratio': 0.0, 'old_log_probs': OLD}, 'max_ratio=0.0'),
       (distillation.sdpo_loss, {'distillation_weight': 1.5, 'old_log_probs': OLD,
                                 'advantages': jnp.ones(B)}, 'distillation_weight=1.5')]

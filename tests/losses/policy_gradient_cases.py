@@ -106,6 +106,8 @@ CASES = [
            divergence=divergence.jensen_shannon) for b in (0.0, 0.3, 1.0)),
     Case('opd', distillation.opd_loss, {}),
     Case('iw_opd', distillation.iw_opd_loss, {'gamma': 0.5}),
+    Case('minillm', distillation.minillm_loss, dict(clip, discount=0.8), True,
+         divergence=divergence.reverse_kl),
     Case('sdft', distillation.sdft_loss, {'interpolation': 0.3, 'top_k': 3, 'max_ratio': 1.2},
          True, divergence=divergence.top_k_jensen_shannon),
     Case('sdpo', distillation.sdpo_loss, dict(

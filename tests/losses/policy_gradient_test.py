@@ -19,6 +19,7 @@ from ptjax.pieces import likelihood
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import policy_gradient_cases as cases
+import distillation_reference
 import policy_gradient_reference as reference
 
 every_case = pytest.mark.parametrize('case', cases.CASES, ids=[c.id for c in cases.CASES])
@@ -99,6 +100,8 @@ def expected_metrics(case, b):
   mask, hyper, tokens = b['loss_mask'], case.hyper, b['loss_mask'].sum()
   mean = lambda x: np.where(mask, x, 0.0).sum() / tokens
   A = b[case.advantages] if b[case.advantages].ndim == 2 else b[case.advantages][:, None]
+  if case.name == 'minillm':
+    A = distillation_reference.future_log_ratios(b, hyper['discount'])
   log_ratio = np.where(mask, b['log_probs'] - b['old_log_probs'], 0.0)
   if case.name in ('rloo', 'gspo', 'gspo_token', 'luspo'):
     sums = log_ratio.sum(1, keepdims=True)
@@ -122,9 +125,11 @@ def expected_metrics(case, b):
   if case.name == 'kd':
     squared = hyper['temperature'] ** 2
     want['distillation/divergence'] = (
-        reference.kd(b['log_probs'], None, b, 0.0, hyper['temperature']) / squared)
+        distillation_reference.kd(b['log_probs'], None, b, 0.0, hyper['temperature']) / squared)
   if case.name == 'gkd':
-    want['distillation/divergence'] = reference.gkd(None, None, b, **hyper)
+    want['distillation/divergence'] = distillation_reference.gkd(None, None, b, **hyper)
+  if case.name == 'minillm':
+    want['distillation/divergence'] = distillation_reference.gkd(None, None, b, 1, 1.0)
   if case.name in ('sdft', 'sdpo'):
     want['distillation/divergence'] = top_k_divergence(b, hyper)
   if case.name == 'rft':
@@ -138,7 +143,8 @@ def top_k_divergence(b, hyper):
   for index in np.argwhere(b['loss_mask']):
     one = np.zeros_like(b['loss_mask'])
     one[tuple(index)] = True
-    total += cases.B * reference.sdft(None, b['old_log_probs'], {**b, 'loss_mask': one}, **hyper)
+    total += cases.B * distillation_reference.sdft(
+        None, b['old_log_probs'], {**b, 'loss_mask': one}, **hyper)
   return total / b['loss_mask'].sum()
 
 
@@ -212,7 +218,7 @@ def test_ties_keep_the_whole_gradient(case):
   arrays = cases.on_policy_arrays()
   _, _, grads = evaluated(case)['on policy']
   if case.name in ('kd', 'gkd', 'sdft', 'hpt', 'luffy', 'srft', 'sdpo', 'sft', 'dft', 'rft',
-                   'a_star_po', 'rebel', 'opd', 'iw_opd', 'clip_cov'):
+                   'a_star_po', 'rebel', 'opd', 'iw_opd', 'minillm', 'clip_cov'):
     return
   n, mask = arrays['loss_mask'].sum(1), arrays['loss_mask']
   A = arrays[case.advantages]

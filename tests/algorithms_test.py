@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -122,93 +121,6 @@ def test_models_follow_the_hyperparameters():
   assert algorithms.get('ppo').models_for({}) == ('reference', 'critic')
   assert algorithms.get('kl_cov').models_for({}) == ()
   assert algorithms.get('grpo+corrected_kl').models_for({}) == ('reference',)
-
-
-# Distinctness.
-
-SAME_GRADIENT = [  # rows that differ in data or frozen models alone, at equal hyperparameters
-    {'sft', 'cpt', 'seqkd', 'ssd'}, {'dpo', 'online_dpo', 'spin', 'tr_dpo'},
-    {'rlhf', 'rlaif'}, {'dr_grpo', 'sft_then_grpo'}, {'gspo', 'gspo_token'}]
-PROPORTIONAL = [  # the same direction, of another length
-    {'cdpo', 'robust_dpo_oxrl'},  # 1 / (1 - 2 ε)
-    {'drdpo', 'focalpo_oxrl'},  # softmax of log σ(h) is σ(h), normalised over the batch
-    {'bnpo', 'sgrpo'},  # another guard of the standard deviation
-    {'reinforce', 'gpg'}]  # B / (B - M)
-
-
-def flat_gradient_of_pairs(row, arrays):
-  case = next(c for c in preference_cases.PAIR if c.loss is row.loss)
-  hyper = {k: v for k, v in row.hyperparameters().items() if v is not None}
-  case = preference_cases.Case(case.name, case.loss, hyper, case.extras, case.state, case.draws)
-  def objective(chosen, rejected):
-    return preference_cases.call(case, {**arrays, 'chosen': chosen, 'rejected': rejected})[0]
-  return jnp.concatenate([g.ravel() for g in jax.grad(objective, (0, 1))(
-      arrays['chosen'], arrays['rejected'])])
-
-
-def flat_gradient_of_tokens(row, arrays):
-  names = inspect.signature(row.loss).parameters
-  values = row.hyperparameters()
-  values.update({'off_policy_threshold': 0.4} if row.name == 'hpt_mix' else {})
-  inputs = {n: x for n, x in arrays.items() if n != 'log_probs'}
-  if row.advantage is not None:
-    offered = {**inputs, **values, 'group_size': policy_gradient_cases.G}
-    made = row.advantage(
-        **{n: offered[n] for n in inspect.signature(row.advantage).parameters if n in offered})
-    inputs.update(made if isinstance(made, dict) else {'advantages': made})
-  inputs = {n: x for n, x in inputs.items() if n in names}
-  hyper = {k: v for k, v in values.items() if k in names}
-  hyper.update({'fraction': 0.3} if 'fraction' in names else {})  # a batch of few tokens
-  return jax.grad(lambda l: row.loss(l, **inputs, **hyper)[0])(arrays['log_probs']).ravel()
-
-
-def assert_distinct(gradients):
-  names = list(gradients)
-  matrix = np.stack([np.asarray(gradients[n], np.float64) for n in names])
-  size = np.linalg.norm(matrix, axis=1)
-  assert (size > 0).all(), [n for n, s in zip(names, size) if s == 0]
-  cosine = matrix @ matrix.T / np.outer(size, size)
-  allowed = SAME_GRADIENT + PROPORTIONAL
-  places = [[names.index(n) for n in s] for s in allowed if s <= set(names)]
-  far = [[names[i] for i in p] for p in places if cosine[np.ix_(p, p)].min() < 1 - 1e-7]
-  assert not far, f'said to be the same, and are not: {far}'
-  twins = [(a, b) for i, a in enumerate(names) for j, b in enumerate(names)
-           if i < j and cosine[i, j] > 1 - 1e-9 and not any({a, b} <= s for s in allowed)]
-  assert not twins, f'the same direction: {twins}'
-
-
-@pytest.mark.slow
-def test_preference_gradients_are_distinct():
-  rows = [r for r in ROWS if any(c.loss is r.loss for c in preference_cases.PAIR)
-          and r.name != 'step_dpo']
-  with jax.enable_x64(True):
-    arrays = preference_cases.random_arrays(4, 6)
-    arrays = {n: jnp.asarray(x) for n, x in arrays.items()}
-    assert_distinct(jax.jit(lambda a: {r.name: flat_gradient_of_pairs(r, a) for r in rows})(arrays))
-
-
-@pytest.mark.slow
-def test_policy_gradients_are_distinct():
-  whole_vocabulary = ('kd', 'gkd', 'sdft', 'sdpo')  # their gradient is in the divergence
-  rows = [r for r in ROWS if next(iter(inspect.signature(r.loss).parameters)) == 'log_probs'
-          and r.name not in whole_vocabulary]
-  with jax.enable_x64(True):
-    batches = [policy_gradient_cases.random_arrays(seed) for seed in (0, 7)]
-    arrays = {n: np.concatenate([x, batches[1][n][:4]]) for n, x in batches[0].items()}
-    rng = np.random.default_rng(9)
-    arrays['log_probs'] = 3.0 * arrays['log_probs']  # covariances reach past 1
-    arrays['old_log_probs'] = arrays['log_probs'] + rng.normal(0.0, 0.7, (12, 6))
-    arrays['old_log_probs'][:, 0] = arrays['log_probs'][:, 0] - np.log(1.25)  # between two clips
-    right, wrong = 1.1, 0.2  # success rates 0, 1/3 and 2/3; the last of four is a demonstration
-    rewards = np.array([wrong] * 3 + [right] + [right] + [wrong] * 2 + [right] * 3 + [wrong, right])
-    arrays.update(
-        rewards=rewards + rng.uniform(-0.1, 0.1, 12), greedy_rewards=rng.normal(0.5, 1.0, 12),
-        optimal_values=rng.normal(0.5, 1.0, 12), reward_components=rng.normal(0.5, 1.0, (12, 2)))
-    arrays = {n: jnp.asarray(x) for n, x in arrays.items()}
-    def all_of_them(a):
-      a = {**a, 'key': jax.random.key(0)}
-      return {r.name: flat_gradient_of_tokens(r, a) for r in rows}
-    assert_distinct(jax.jit(all_of_them)(arrays))
 
 
 # Looking up.

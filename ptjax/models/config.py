@@ -47,6 +47,8 @@ class TransformerConfig:
   query_scale: float | None = None  # multiplies query · key
   embedding_scale: float = 1.0  # multiplies embeddings, rounded to the compute dtype
   tie_embeddings: bool = True
+  num_labels: int = 0  # outputs of a score head in the place of the vocabulary's; 0 = none
+  score_bias: bool = False  # that head has a bias: token classifiers have, reward models have not
   dtype: str = 'float32'  # compute
   param_dtype: str = 'float32'  # storage
 

@@ -18,6 +18,8 @@ from ptjax.models import rope
 
 REMAT = ('none', 'dots', 'full')
 
+_SCORE_SCALE = 0.02
+
 
 class Block(nn.Module):
   """One layer: attention and MLP, each normed before (and in Gemma after) and added."""
@@ -73,11 +75,28 @@ def init(config, key):
   }
   if config.position == 'learned':
     params['position_embed'] = _position_embedding(config).init(keys[2], token)['params']
-  if not config.tie_embeddings:
+  if config.num_labels:
+    params['score'] = init_score(config, keys[3])
+  elif not config.tie_embeddings:
     kernel = nn.initializers.normal(layers.init_scale(config))(
         keys[3], (config.width, config.vocab_size), jnp.dtype(config.param_dtype))
     params['head'] = {'kernel': kernel}
   return params
+
+
+def init_score(config, key):
+  """A fresh score head {'kernel': [width, num_labels]}, with a 'bias' where the config says so.
+
+  Normal around zero and small, with the standard deviation of `transformers`, 0.02: scores start
+  near zero and prefer no direction, so that a Bradley-Terry loss starts near log 2, yet, unlike
+  with zeros, the body has a gradient from the first step.
+  """
+  dtype = jnp.dtype(config.param_dtype)
+  head = {'kernel': nn.initializers.normal(_SCORE_SCALE)(
+      key, (config.width, config.num_labels), dtype)}
+  if config.score_bias:
+    head['bias'] = jnp.zeros([config.num_labels], dtype)
+  return head
 
 
 def split_layers(params):
@@ -149,7 +168,13 @@ def head_kernel(config, params):
   """The output projection [width, vocab], split over the vocabulary only.
 
   Made once outside a loop over chunks, it is gathered once.
+
+  Raises:
+    ValueError: the model has a score head instead.
   """
+  if config.num_labels:
+    raise ValueError(f'a model with a score head ({config.num_labels} labels) has no vocabulary '
+                     'head; load it as a language model to have its log-probs')
   kernel = params['embed']['embedding'].T if config.tie_embeddings else params['head']['kernel']
   return nn.with_logical_constraint(kernel, (None, 'vocab'))
 
@@ -167,6 +192,15 @@ def project(config, kernel, hidden):
     out = jnp.tanh(out / config.logit_softcap) * config.logit_softcap
   inner = (None,) * (hidden.ndim - 2)
   return nn.with_logical_constraint(out, ('batch', *inner, 'vocab') if out.ndim > 1 else ('vocab',))
+
+
+def head_scores(config, head, hidden):
+  """Scores [..., num_labels] float32 of `hidden` [..., width]; `head` as from `init_score`."""
+  flat = hidden.reshape(-1, config.width)
+  out = layers.product(flat, head['kernel'], config.dtype)
+  if 'bias' in head:
+    out += head['bias'][None].astype(jnp.float32)
+  return out.reshape(*hidden.shape[:-1], -1)
 
 
 def _embedding(config):

@@ -21,6 +21,10 @@ ARCHITECTURES = {
     'gemma3_text': 'Gemma3ForCausalLM',
 }
 
+# Classes with a score head instead; a token classifier's has a bias.
+_SEQUENCE_CLASSIFIER, _TOKEN_CLASSIFIER = 'ForSequenceClassification', 'ForTokenClassification'
+_NO_TOKEN_CLASSIFIER = ('gemma3_text',)
+
 _GEMMA = ('gemma2', 'gemma3_text')
 
 _LLAMA_DEFAULTS = dict(
@@ -69,7 +73,8 @@ _DTYPES = ('float32', 'bfloat16', 'float16')
 # Settings that change the mathematics and that no code here knows: (key, value that is harmless).
 _UNSUPPORTED = (
     ('scale_attn_by_inverse_layer_idx', False), ('add_cross_attention', False),
-    ('use_bidirectional_attention', False), ('partial_rotary_factor', 1.0))
+    ('use_bidirectional_attention', False), ('partial_rotary_factor', 1.0),
+    ('token_classification_bias', True))
 
 
 def from_hf(raw):
@@ -85,7 +90,8 @@ def from_hf(raw):
   """
   family = raw.get('model_type')
   if family == 'gemma3':
-    outer = {k: raw[k] for k in ('dtype', 'torch_dtype', 'tie_word_embeddings') if k in raw}
+    outer = {k: raw[k] for k in ('dtype', 'torch_dtype', 'tie_word_embeddings', 'architectures',
+                                 'id2label', 'num_labels') if k in raw}
     raw, family = {**raw.get('text_config', {}), **outer}, 'gemma3_text'
   if family not in ARCHITECTURES:
     raise settings.UserError(
@@ -100,7 +106,8 @@ def from_hf(raw):
   raw = {**_DEFAULTS[family], **raw}
   dtype = _dtype(raw)
   fields = _gpt2_fields(raw) if family == 'gpt2' else _llama_fields(family, raw)
-  return model_config.TransformerConfig(family=family, dtype=dtype, param_dtype=dtype, **fields)
+  return model_config.TransformerConfig(
+      family=family, dtype=dtype, param_dtype=dtype, **fields, **_score_fields(raw))
 
 
 def to_hf(config, *, dtype, bos_id=None, eos_id=None, pad_id=None):
@@ -121,8 +128,8 @@ def to_hf(config, *, dtype, bos_id=None, eos_id=None, pad_id=None):
         f'cannot export family {config.family!r}; supported: {", ".join(ARCHITECTURES)}')
   fields = _gpt2_keys(config) if config.family == 'gpt2' else _llama_keys(config)
   raw = {
-      'architectures': [ARCHITECTURES[config.family]], 'model_type': config.family, **fields,
-      'tie_word_embeddings': config.tie_embeddings, 'dtype': dtype, 'torch_dtype': dtype,
+      'architectures': [_architecture(config)], 'model_type': config.family, **fields,
+      **_score_keys(config), 'tie_word_embeddings': config.tie_embeddings, 'dtype': dtype, 'torch_dtype': dtype,
       'bos_token_id': bos_id, 'eos_token_id': eos_id, 'pad_token_id': pad_id}
   back = dataclasses.replace(from_hf(raw), dtype=config.dtype, param_dtype=config.param_dtype)
   changed = [f'{f.name}={getattr(config, f.name)!r} (would become {getattr(back, f.name)!r})'
@@ -132,6 +139,36 @@ def to_hf(config, *, dtype, bos_id=None, eos_id=None, pad_id=None):
     raise settings.UserError(
         f'a Hugging Face {config.family} model cannot express {", ".join(changed)}')
   return raw
+
+
+def _score_fields(raw):
+  architecture = (raw.get('architectures') or [''])[0]
+  if not architecture.endswith((_SEQUENCE_CLASSIFIER, _TOKEN_CLASSIFIER)):
+    return {}
+  # transformers names the labels, and leaves out two, the usual number.
+  labels = raw.get('id2label')
+  count = _integer({'num_labels': 2, **raw}, 'num_labels') if labels is None else len(labels)
+  return dict(num_labels=count, score_bias=architecture.endswith(_TOKEN_CLASSIFIER))
+
+
+def _score_keys(config):
+  if not config.num_labels:
+    return {}
+  names = [f'LABEL_{i}' for i in range(config.num_labels)]
+  return dict(id2label={str(i): name for i, name in enumerate(names)},
+              label2id={name: i for i, name in enumerate(names)})
+
+
+def _architecture(config):
+  """The class in transformers that opens `config`."""
+  language_model = ARCHITECTURES[config.family]
+  if not config.num_labels:
+    return language_model
+  if config.score_bias and config.family in _NO_TOKEN_CLASSIFIER:
+    raise settings.UserError(f'transformers has no token classifier for {config.family}')
+  body = language_model.removesuffix('ForCausalLM').removesuffix('LMHeadModel')
+  return (body.replace('Gemma3', 'Gemma3Text')
+          + (_TOKEN_CLASSIFIER if config.score_bias else _SEQUENCE_CLASSIFIER))
 
 
 def _gpt2_fields(raw):

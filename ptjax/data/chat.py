@@ -34,6 +34,13 @@ def messages(value):
   return result
 
 
+def not_a_prompt(value, where):
+  """Returns the error for a value that is neither text nor messages."""
+  return config.UserError(
+      f"{where}: a prompt is text or a list of messages {{'role': ..., 'content': ...}}, "
+      f'not {_describe(value)}')
+
+
 def render(tokenizer, conversation, *, where, prompt=False):
   """Writes messages as text with the tokenizer's chat template.
 
@@ -82,15 +89,13 @@ def prompts(tokenizer, values, *, where):
       continue
     conversation = messages(value)
     if conversation is None:
-      raise config.UserError(
-          f"{where(i)}: a prompt is text or a list of messages {{'role': ..., 'content': ...}}, "
-          f'not {_describe(value)}')
+      raise not_a_prompt(value, where(i))
     texts.append(render(tokenizer, conversation, where=where(i), prompt=True))
-  return texts, _encode_all(tokenizer, texts, is_text)
+  return texts, encode(tokenizer, texts, is_text)
 
 
-def pairs(tokenizer, questions, answers, *, end_ids, where):
-  """Encodes prompts with the completions that follow them.
+def groups(tokenizer, questions, answers, *, end_ids, where):
+  """Encodes prompts with the completions that follow each of them.
 
   The ids of a prompt are those `prompts` gives, so that what is trained is what will be sampled
   from. A completion ends with an end token: the one the chat template writes, else the
@@ -98,38 +103,64 @@ def pairs(tokenizer, questions, answers, *, end_ids, where):
 
   Args:
     tokenizer: a Hugging Face tokenizer.
-    questions: texts or message lists.
-    answers: texts; or, where the question is messages, text or messages.
+    questions: P texts or message lists.
+    answers: P tuples of G texts; or, where the question is messages, texts or messages.
     end_ids: ids that end a completion (`tokenizer.eos_ids`).
     where: as in `prompts`.
   Returns:
-    (prompt texts, prompt ids, completion ids), three lists.
+    P prompt texts, P prompt id lists, P tuples of G completion id lists.
   Raises:
     UserError: as `prompts`; or a template that writes the prompt differently once the answer
       stands behind it.
   """
   texts, prompt_ids = prompts(tokenizer, questions, where=where)
-  wholes = []
-  for i, (question, answer, text) in enumerate(zip(questions, answers, texts)):
-    if isinstance(question, str):
-      if not isinstance(answer, str):
-        raise config.UserError(f'{where(i)}: after a prompt given as text a completion must be '
-                               f'text, not {_describe(answer)}')
-      wholes.append(text + answer)
-    else:
-      wholes.append(_whole_conversation(tokenizer, question, answer, text, where(i)))
-  is_text = [isinstance(question, str) for question in questions]
-  whole_ids = _encode_all(tokenizer, wholes, is_text)
-  completions = []
-  for text, whole, ids, both in zip(texts, wholes, prompt_ids, whole_ids):
+  wholes, owners = [], []
+  for i, (question, group) in enumerate(zip(questions, answers)):
+    for answer in group:
+      owners.append(i)
+      if isinstance(question, str):
+        if not isinstance(answer, str):
+          raise config.UserError(f'{where(i)}: after a prompt given as text a completion must be '
+                                 f'text, not {_describe(answer)}')
+        wholes.append(texts[i] + answer)
+      else:
+        wholes.append(_whole_conversation(tokenizer, question, answer, texts[i], where(i)))
+  is_text = [isinstance(questions[i], str) for i in owners]
+  whole_ids = encode(tokenizer, wholes, is_text)
+  completions = [[] for _ in questions]
+  for i, whole, both, text_only in zip(owners, wholes, whole_ids, is_text):
+    ids = prompt_ids[i]
     if both[:len(ids)] == ids:
       completion = both[len(ids):]
     else:  # a token reaches across the seam, where a sampled completion could not have it
-      completion = _continuation_ids(tokenizer, whole[len(text):])
-    completions.append(completion)
-  completions = [_end(completion, end_ids, cut=not text_only)
-                 for completion, text_only in zip(completions, is_text)]
-  return texts, prompt_ids, completions
+      completion = continuation_ids(tokenizer, whole[len(texts[i]):])
+    completions[i].append(end(completion, end_ids, cut=not text_only))
+  return texts, prompt_ids, [tuple(group) for group in completions]
+
+
+def shared(tokenizer, groups_of_texts, *, end_ids):
+  """Encodes texts that begin alike, and splits each group behind the tokens all have in common.
+
+  Args:
+    tokenizer: a Hugging Face tokenizer.
+    groups_of_texts: P tuples of G texts.
+    end_ids: as in `groups`.
+  Returns:
+    P prompt id lists, empty where nothing is shared, and P tuples of G completion id lists.
+  """
+  texts = [text for group in groups_of_texts for text in group]
+  ids = iter(encode(tokenizer, texts, [True] * len(texts)))
+  prompts_ids, completions = [], []
+  for group in groups_of_texts:
+    wholes = [next(ids) for _ in group]
+    length = 0
+    for tokens in zip(*wholes):
+      if len(set(tokens)) > 1:
+        break
+      length += 1
+    prompts_ids.append(wholes[0][:length])
+    completions.append(tuple(end(whole[length:], end_ids, cut=False) for whole in wholes))
+  return prompts_ids, completions
 
 
 def _whole_conversation(tokenizer, question, answer, prompt_text, where):
@@ -147,8 +178,16 @@ def _whole_conversation(tokenizer, question, answer, prompt_text, where):
   return whole
 
 
-def _encode_all(tokenizer, texts, is_text):
-  """Encodes texts in one call per kind; a rendered template has its special tokens already."""
+def encode(tokenizer, texts, is_text):
+  """Encodes texts in one call per kind; a rendered template has its special tokens already.
+
+  Args:
+    tokenizer: a Hugging Face tokenizer.
+    texts: list of texts.
+    is_text: list of bools; False for what a template wrote.
+  Returns:
+    One id list per text, without the end token that some tokenizers put behind every text.
+  """
   ids = [None] * len(texts)
   for kind in (True, False):
     places = [i for i, value in enumerate(is_text) if value is kind]
@@ -167,24 +206,25 @@ def _encode_all(tokenizer, texts, is_text):
   return ids
 
 
-def _continuation_ids(tokenizer, text):
+def continuation_ids(tokenizer, text):
   """Encodes text that does not begin a document.
 
   SentencePiece-like tokenizers put a space before the first word, which a continuation must not
   have; a line break in front takes it up.
   """
-  anchor = _plain_ids(tokenizer, '\n')
-  anchored = _plain_ids(tokenizer, '\n' + text)
+  anchor = plain_ids(tokenizer, '\n')
+  anchored = plain_ids(tokenizer, '\n' + text)
   if anchored[:len(anchor)] == anchor:
     return anchored[len(anchor):]
-  return _plain_ids(tokenizer, text)
+  return plain_ids(tokenizer, text)
 
 
-def _plain_ids(tokenizer, text):
+def plain_ids(tokenizer, text):
+  """Encodes text without any special token around it."""
   return list(tokenizer(text, add_special_tokens=False, verbose=False)['input_ids'])
 
 
-def _end(ids, end_ids, *, cut):
+def end(ids, end_ids, *, cut):
   """Makes a completion end with an end token; `cut` drops what a template writes behind it."""
   if cut:
     for i in reversed(range(len(ids))):

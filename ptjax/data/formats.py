@@ -4,17 +4,30 @@ A recognised format adds columns to a row; it removes none, so a reward function
 column of the file by its name.
 """
 
+import math
 import re
+
+import numpy as np
 
 from ptjax import config
 
+_QUESTION_PAIRS = (('answer_matching_behavior', 'answer_not_matching_behavior'),
+                   ('response_j', 'response_k'))
 _NUMBER = re.compile(r'-?\d[\d,]*(\.\d+)?')
 # Where people keep a prompt or a completion under another name: for the hint in an error.
 _ALIASES = {
     'prompt': ('question', 'query', 'problem', 'instruction', 'input', 'text', 'conversations',
                'sentence1'),
     'completion': ('answer', 'output', 'response', 'solution', 'target', 'text'),
+    'chosen': ('preferred', 'winner', 'response_chosen'),
+    'rejected': ('dispreferred', 'loser', 'response_rejected'),
+    'completions': ('steps',),
+    'labels': ('ratings',),
+    'text': ('content', 'document'),
 }
+# The words that people have for a label.
+_LABELS = {'true': True, '1': True, '1.0': True, 'yes': True,
+           'false': False, '0': False, '0.0': False, 'no': False}
 
 
 def recognise(columns):
@@ -22,7 +35,10 @@ def recognise(columns):
 
   GSM8K: `question` becomes `prompt`, the worked `answer` becomes `completion`, and `answer` is
   what stands behind `####`, without thousands separators. Alpaca: `prompt` is `instruction`, a
-  blank line and `input`, if there is any; `completion` is `output`.
+  blank line and `input`, if there is any; `completion` is `output`. ShareGPT: `conversations` are
+  `messages`, or, beside `chosen` and `rejected`, the `prompt`. Behaviour evaluations: `question`,
+  with `answer_matching_behavior` as `chosen` and `answer_not_matching_behavior` as `rejected`.
+  Ranked answers: `question`, with `response_j` as `chosen` and `response_k` as `rejected`.
 
   Args:
     columns: names present.
@@ -32,10 +48,15 @@ def recognise(columns):
   columns = set(columns)
   if columns & {'prompt', 'messages'}:
     return {}
+  for chosen, rejected in _QUESTION_PAIRS:
+    if {'question', chosen, rejected} <= columns:
+      return {'prompt': _cell('question'), 'chosen': _cell(chosen), 'rejected': _cell(rejected)}
   if {'question', 'answer'} <= columns:
     return {'prompt': _cell('question'), 'completion': _cell('answer'), 'answer': _final_answer}
   if {'instruction', 'output'} <= columns:
     return {'prompt': _instruction, 'completion': _cell('output')}
+  if 'conversations' in columns:
+    return {'prompt' if {'chosen', 'rejected'} <= columns else 'messages': _cell('conversations')}
   return {}
 
 
@@ -98,6 +119,72 @@ def require(rows, alternatives, door):
       f'{rows.name}: {door} need the columns {expected}; found '
       f'{", ".join(repr(name) for name in rows.columns) or "none"}; map yours with '
       f'{" ".join(hints)}')
+
+
+def number_column(rows, name):
+  """Finds the column that holds `name`: `margins` may also be called `margin`, and
+  `chosen_scores` `chosen_score` or `score_chosen`.
+
+  Raises:
+    UserError: there is none.
+  """
+  words = name.split('_')
+  singular = '_'.join(words)[:-1] if name.endswith('s') else name
+  if name.endswith('ies'):
+    singular = name[:-3] + 'y'
+  swapped = '_'.join(reversed(singular.split('_')))
+  for candidate in (name, singular, swapped):
+    if candidate in rows.columns:
+      return candidate
+  raise config.UserError(
+      f'{rows.name}: the loss needs the column {name!r}; found '
+      f'{", ".join(map(repr, rows.columns))}; map yours with --set data.columns.{name}='
+      '<your column>')
+
+
+def numbers(rows, wanted):
+  """Reads the numeric columns that a loss asks for.
+
+  Args:
+    rows: `sources.Rows`.
+    wanted: names of arrays.
+  Returns:
+    Dict of name -> [rows] float64; NaN where a cell is empty or holds no finite number.
+  Raises:
+    UserError: no such column, or a cell that is no number.
+  """
+  columns = {name: number_column(rows, name) for name in wanted}
+  if not columns:
+    return {}
+  values = {name: np.full(len(rows), np.nan) for name in wanted}
+  for place, row in enumerate(rows):
+    for name, column in columns.items():
+      values[name][place] = _number(row[column], f'{rows.name}, row {place + 1}: {column}')
+  return values
+
+
+def _number(cell, where):
+  if cell is None or cell == '':
+    return math.nan
+  try:
+    value = float(cell)
+  except (TypeError, ValueError):
+    raise config.UserError(f'{where}: expected a number, found {cell!r}') from None
+  return value if math.isfinite(value) else math.nan
+
+
+def label(cell, where):
+  """Reads a truth value: true, false, 1, 0 or those words; None where the cell is empty.
+
+  Raises:
+    UserError: anything else.
+  """
+  if cell is None or cell == '':
+    return None
+  found = _LABELS.get(str(cell).strip().lower())
+  if found is None:
+    raise config.UserError(f'{where}: expected true or false (1 or 0), found {cell!r}')
+  return found
 
 
 def _cell(name):

@@ -8,6 +8,8 @@ import numpy as np
 from ptjax.data import batching
 from ptjax.data import chat
 from ptjax.data import formats
+from ptjax.data import intake
+from ptjax.data import order
 from ptjax.data import sources
 from ptjax.data import tokenizer as tokenizers
 
@@ -63,16 +65,16 @@ class PromptDoor:
     present = [i for i, value in enumerate(values) if value not in (None, '', [])]
     texts, ids = chat.prompts(tokenizer, [values[i] for i in present],
                               where=lambda place: f'{rows.name}, row {present[place] + 1}')
-    part = batching.Part(what='prompt', tokens=ids, limit=max_prompt_tokens, keep='right',
-                         setting='data.max_prompt_tokens', bos=tokenizer.bos_token_id)
-    kept, (self._tokens,), self.intake = batching.admit(
+    part = intake.Part(what='prompt', tokens=ids, limit=max_prompt_tokens, keep='right',
+                       setting='data.max_prompt_tokens', bos=tokenizer.bos_token_id)
+    kept, (self._tokens,), self.intake = intake.admit(
         (part,), overlong=overlong, name=rows.name, row_ids=present,
-        missing=len(values) - len(present))
+        dropped={intake.empty('prompt'): len(values) - len(present)})
     self._row_ids = [present[i] for i in kept]
     self._prompts = [values[i] for i in self._row_ids]
     self._texts = [texts[i] if len(tokens) == len(ids[i]) else tokenizer.decode(tokens)
                    for i, tokens in zip(kept, self._tokens)]
-    self.order = batching.Order(len(kept), num_prompts, seed, 'prompts')
+    self.order = order.Order(len(kept), num_prompts, seed, 'prompts')
 
   def __len__(self):
     return len(self._tokens)
@@ -102,7 +104,7 @@ class PromptDoor:
     tokens, lengths = batching.pad_right(sequences, size, self._fill)
     row_ids = [self._row_ids[i] for i in indices]
     rows = [self._rows[i] for i in row_ids]
-    first = batching.occurrences(indices) * self._group_size  # [P]
+    first = order.occurrences(indices) * self._group_size  # [P]
     names = [name for name in self._rows.columns if name not in _NOT_COLUMNS]
     return PromptBatch(
         tokens=tokens, lengths=lengths, ids=np.array(row_ids, np.int32),

@@ -30,7 +30,7 @@ _SPLIT_WORDS = re.compile(
 class Rows(abc.Sequence):
   """An immutable sequence of rows, each a dict with all of `columns`; a missing cell is None."""
 
-  def __init__(self, rows, *, name, columns=None):
+  def __init__(self, rows, *, name, columns=None, mixture=None):
     """Wraps rows.
 
     Args:
@@ -38,8 +38,10 @@ class Rows(abc.Sequence):
       name: what the user called them; errors repeat it.
       columns: further columns as functions of a row (name -> function), None for none. They win
         over the rows' own columns.
+      mixture: `order.Mixture` of the rows, where they are several data sets; None for one.
     """
     self.name = name
+    self.mixture = mixture
     self._rows = rows
     self._derived = dict(columns or {})
     own = (rows.column_names if hasattr(rows, 'column_names')

@@ -1,13 +1,13 @@
-"""Batches from demonstrations: one per optimizer step, a pure function of the step."""
+"""Batches from a data set: one per optimizer step, a pure function of the step."""
 
 from ptjax.training import step as training_step
 
 
-class DemonstrationSource:
+class OfflineSource:
   """Turns a step number into a batch of the data set.
 
   Args:
-    door: data.demonstrations.DemonstrationDoor.
+    door: data.offline.OfflineDoor, or any other with its `batch` and `epoch`.
     mesh: where batches are placed, or None.
   """
   waits_for_params = False

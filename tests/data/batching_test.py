@@ -1,7 +1,5 @@
 import numpy as np
-import pytest
 
-from ptjax import config
 from ptjax.data import batching
 
 
@@ -24,79 +22,47 @@ def test_pad_right():
   assert tokens.dtype == lengths.dtype == np.int32
 
 
-def test_each_epoch_uses_each_row_once_whatever_the_batch_size():
-  for batch_size in (1, 3, 4, 10, 23):
-    order = batching.Order(10, batch_size, seed=3, name='x')
-    stream = np.concatenate([order.indices(step) for step in range(60 // batch_size + 1)])
-    first, second = stream[:10], stream[10:20]
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert list(first) != list(second)
+def _area(sizes):
+  return sizes[..., 0] + 2 * sizes[..., 1]
 
 
-def test_order_is_a_pure_function_of_seed_name_and_step():
-  order = batching.Order(50, 7, seed=1, name='prompts')
-  forwards = [order.indices(step).tolist() for step in range(30)]
-  fresh = [batching.Order(50, 7, seed=1, name='prompts').indices(step).tolist()
-           for step in reversed(range(30))]
-  assert forwards == fresh[::-1]
-  assert forwards != [batching.Order(50, 7, seed=2, name='prompts').indices(s).tolist()
-                      for s in range(30)]
-  assert forwards != [batching.Order(50, 7, seed=1, name='other').indices(s).tolist()
-                      for s in range(30)]
+def test_shapes_hold_every_batch_and_are_few():
+  rng = np.random.default_rng(0)
+  needs = rng.integers(1, 900, (300, 2))
+  shapes = batching.Shapes(needs, _area, most=5)
+  assert len(shapes.sizes) <= 5
+  used = [shapes.cover(need) for need in needs]
+  assert set(used) <= set(shapes.sizes)
+  assert (np.array(used) >= needs).all()
+  # The cheapest of those that hold it.
+  for need, size in zip(needs, used):
+    fitting = [s for s in shapes.sizes if s[0] >= need[0] and s[1] >= need[1]]
+    assert _area(np.array(size)) == min(_area(np.array(s)) for s in fitting)
 
 
-def test_order_without_seed_is_the_rows_own():
-  order = batching.Order(5, 3, seed=None, name='x')
-  assert [order.indices(step).tolist() for step in range(2)] == [[0, 1, 2], [3, 4, 0]]
-  assert order.steps_per_epoch == 2
-  assert order.epoch(5) == 3.0
+def test_shapes_are_kept_apart_only_where_that_pays():
+  two_kinds = np.array([[8, 8]] * 50 + [[512, 8]] * 50)
+  assert sorted(batching.Shapes(two_kinds, _area).sizes) == [(8, 8), (512, 8)]
+  nearly_one = np.array([[504, 8]] * 2 + [[512, 8]] * 98)
+  assert batching.Shapes(nearly_one, _area).sizes == [(512, 8)]
 
 
-def test_negative_seed_is_a_seed_like_any_other():
-  orders = [batching.Order(50, 50, seed=seed, name='x').indices(0).tolist() for seed in (-1, 1)]
-  assert sorted(orders[0]) == list(range(50)) and orders[0] != orders[1]
+def test_joining_costs_as_little_as_the_best_choice_of_sizes():
+  # Exhaustive search over which needs share a size, on a case small enough for it.
+  needs = np.array([[8, 8], [16, 8], [64, 8], [72, 8], [200, 8]])
+  counts = [5, 5, 3, 3, 1]
+  def cost(groups):
+    return sum(counts[i] * _area(needs[group].max(0)) for group in groups for i in group)
+  best = min(cost([list(range(0, a)), list(range(a, b)), list(range(b, 5))])
+             for a in range(1, 4) for b in range(a + 1, 5))
+  many = np.repeat(needs, counts, axis=0)
+  shapes = batching.Shapes(many, _area, most=3)
+  assert sum(_area(np.array(shapes.cover(need))) for need in many) == best
 
 
-def test_occurrences():
-  np.testing.assert_array_equal(batching.occurrences([4, 7, 4, 4, 7]), [0, 0, 1, 2, 1])
-
-
-def _admit(overlong, lengths=(3, 9, 0, 5), limit=5, **part):
-  tokens = [list(range(length)) for length in lengths]
-  part = batching.Part(what='prompt', tokens=tokens, limit=limit, setting='data.max_prompt_tokens',
-                       **{'keep': 'right', **part})
-  return batching.admit((part,), overlong=overlong, name='file', missing=2,
-                        row_ids=range(10, 10 + len(lengths)))
-
-
-def test_drop_counts_by_reason():
-  kept, (tokens,), intake = _admit('drop')
-  assert kept == [0, 3]
-  assert tokens == [[0, 1, 2], [0, 1, 2, 3, 4]]
-  assert str(intake) == ('6 rows: 2 kept, 4 dropped (3 with an empty prompt, '
-                         '1 longer than data.max_prompt_tokens=5)')
-
-
-def test_truncate_keeps_the_end_and_the_first_token_of_a_text():
-  kept, (tokens,), intake = _admit('truncate')
-  assert kept == [0, 1, 3]
-  assert tokens[1] == [4, 5, 6, 7, 8]
-  assert str(intake) == '6 rows: 3 kept (1 truncated), 3 dropped (3 with an empty prompt)'
-  assert _admit('truncate', bos=0)[1][0][1] == [0, 5, 6, 7, 8]
-  assert _admit('truncate', bos=0, limit=1)[1][0][1] == [0]
-  assert _admit('truncate', keep='left')[1][0][1] == [0, 1, 2, 3, 4]
-
-
-def test_overlong_is_an_error_when_asked():
-  with pytest.raises(config.UserError, match=(
-      r'file, row 12: longer than data.max_prompt_tokens=5 \(prompt 9 tokens\); raise the limit, '
-      'or set data.overlong to drop or truncate')):
-    _admit('error')
-
-
-def test_nothing_left_says_what_happened():
-  with pytest.raises(config.UserError, match=(
-      r'file: nothing left to train on: 4 rows: 0 kept, 4 dropped \(2 with an empty prompt, 2 '
-      r'longer than data.max_prompt_tokens=5\); raise data.max_prompt_tokens or set '
-      'data.overlong=truncate')):
-    _admit('drop', lengths=(6, 7))
+def test_a_need_beyond_all_shapes_adds_one():
+  shapes = batching.Shapes(np.array([[8, 16]]), _area, caps=(None, 100))
+  assert shapes.cover((9, 3)) == (16, 16)
+  assert shapes.cover((3, 97)) == (16, 100)  # no larger than the cap
+  assert shapes.cover((8, 8)) == (8, 16)
+  assert len(shapes.sizes) == 3

@@ -36,7 +36,9 @@ def stories(shared_data):
 
 def _pairs(tokenizer, questions, answers, **options):
   end_ids = options.pop('end_ids', None) or tokenizers.eos_ids(tokenizer)
-  return chat.pairs(tokenizer, questions, answers, end_ids=end_ids, where=_where)
+  texts, prompts, completions = chat.groups(
+      tokenizer, questions, [(answer,) for answer in answers], end_ids=end_ids, where=_where)
+  return texts, prompts, [one for one, in completions]
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'qwen', 'stories'])

@@ -5,6 +5,8 @@ import pytest
 from ptjax import config
 from ptjax.data import arithmetic
 from ptjax.data import demonstrations
+from ptjax.data import examples
+from ptjax.data import offline
 from ptjax.data import prompts
 from ptjax.data import sources
 from ptjax.data import tokenizer as tokenizers
@@ -17,9 +19,14 @@ def characters():
   return tokenizers.characters()
 
 
-def _door(rows, tokenizer, **options):
-  return demonstrations.DemonstrationDoor(
-      rows, tokenizer, **{'batch_size': 4, 'seed': 1, **options})
+def _read(rows, tokenizer, *, end_ids=None, **limits):
+  return demonstrations.read(
+      rows, tokenizer, limits=examples.Limits(**limits), end_ids=end_ids)
+
+
+def _door(rows, tokenizer, *, batch_size=4, seed=1, bucket=False, **options):
+  return offline.OfflineDoor(_read(rows, tokenizer, **options), batch_size=batch_size, seed=seed,
+                             fill=tokenizers.pad_id(tokenizer), bucket=bucket)
 
 
 def _completion(batch, i):
@@ -33,7 +40,7 @@ def test_a_batch_of_arithmetic(characters):
   assert batch.prompt_tokens.shape == batch.tokens.shape == batch.loss_mask.shape == (4, 8)
   assert batch.loss_mask.dtype == bool and batch.tokens.dtype == np.int32
   for place, i in enumerate(door.order.indices(3)):
-    row = rows[door.row_ids[i]]
+    row = rows[door.examples.row_ids[i]]
     prompt = batch.prompt_tokens[place][:batch.prompt_lengths[place]].tolist()
     assert prompt == characters(row['prompt']).input_ids
     assert _completion(batch, place) == characters.encode(
@@ -62,27 +69,13 @@ def test_batch_is_a_pure_function_of_the_step(characters):
   assert any((a.tokens != other.batch(step).tokens).any() for step, a in enumerate(straight))
 
 
-def test_every_demonstration_comes_once_per_epoch(characters):
-  door = _door(arithmetic.rows('train', count=8), characters)
-  assert door.steps_per_epoch == 2 and len(door) == 8 and door.epoch(3) == 1.5
-  seen = np.concatenate([door.order.indices(step) for step in range(2)])
-  assert sorted(seen) == list(range(8))
-
-
-def test_lengths_follow_the_batch(characters):
-  rows = [{'prompt': 'a' * n, 'completion': 'b' * n} for n in (3, 20, 100)]
-  door = _door(rows, characters, batch_size=1, seed=None)
-  assert [door.batch(step).tokens.shape[1] for step in range(3)] == [8, 32, 128]
-  assert [door.batch(step).prompt_tokens.shape[1] for step in range(3)] == [8, 32, 128]
-
-
 def test_overlong_rows_are_dropped_and_counted_by_reason(characters):
   rows = [{'prompt': 'a' * 9, 'completion': 'b'}, {'prompt': 'a', 'completion': 'b' * 9},
           {'prompt': 'a' * 9, 'completion': 'b' * 9}, {'prompt': 'a', 'completion': ''},
           {'prompt': 'a', 'completion': 'b'}]
-  door = _door(rows, characters, max_prompt_tokens=8, max_completion_tokens=6)
-  assert door.row_ids == [4]
-  assert str(door.intake) == (
+  found = _read(rows, characters, max_prompt_tokens=8, max_completion_tokens=6)
+  assert found.row_ids == [4]
+  assert str(found.intake) == (
       '5 rows: 1 kept, 4 dropped (1 with an empty prompt or completion, '
       '2 longer than data.max_prompt_tokens=8, 1 longer than rollout.max_completion_tokens=6)')
 
@@ -103,7 +96,7 @@ def test_overlong_as_an_error(characters):
   with pytest.raises(config.UserError, match=(
       r'row 1: longer than rollout.max_completion_tokens=2 \(prompt 2 tokens, completion 4 '
       r'tokens\); raise the limit')):
-    _door([{'prompt': 'a', 'completion': 'bbb'}], characters, max_completion_tokens=2,
+    _read([{'prompt': 'a', 'completion': 'bbb'}], characters, max_completion_tokens=2,
           overlong='error')
 
 
@@ -111,7 +104,7 @@ def test_nothing_left(characters):
   with pytest.raises(config.UserError, match=(
       'nothing left to train on: 1 rows: 0 kept, 1 dropped .*; raise '
       'rollout.max_completion_tokens or set data.overlong=truncate')):
-    _door([{'prompt': 'a', 'completion': 'bbb'}], characters, max_completion_tokens=2)
+    _read([{'prompt': 'a', 'completion': 'bbb'}], characters, max_completion_tokens=2)
 
 
 def test_conversations(shared_data):
@@ -125,16 +118,17 @@ def test_conversations(shared_data):
     assert text.endswith(row['messages'][-1]['content'].strip() + '<|im_end|>')
     assert text.count('<|im_end|>') == 1
   # What is trained on is what will be sampled from.
-  np.testing.assert_array_equal(batch.prompt_tokens, sampled.tokens)
   np.testing.assert_array_equal(batch.prompt_lengths, sampled.lengths)
+  for trained, drawn, length in zip(batch.prompt_tokens, sampled.tokens, sampled.lengths):
+    np.testing.assert_array_equal(trained[:length], drawn[:length])
 
 
 def test_conversation_without_an_answer_is_dropped(shared_data):
   qwen = transformers.AutoTokenizer.from_pretrained(shared_data / 'tokenizers' / 'qwen')
   user, assistant = ({'role': role, 'content': 'x'} for role in ('user', 'assistant'))
-  door = _door([{'messages': [user]}, {'messages': [user, assistant, user]}], qwen, batch_size=1)
-  assert door.row_ids == [1]
-  assert door.intake.dropped == {'with an empty prompt or completion': 1}
+  found = _read([{'messages': [user]}, {'messages': [user, assistant, user]}], qwen)
+  assert found.row_ids == [1]
+  assert found.intake.dropped == {'with an empty prompt or completion': 1}
 
 
 def test_gsm8k_with_a_chosen_end_token(shared_data):
@@ -149,7 +143,7 @@ def test_gsm8k_with_a_chosen_end_token(shared_data):
 
 def test_wrong_columns_say_how_to_map(characters):
   with pytest.raises(config.UserError) as caught:
-    _door([{'question': 'a', 'solution': 'b'}], characters)
+    _read([{'question': 'a', 'solution': 'b'}], characters)
   assert str(caught.value) == (
       "the given rows: demonstrations need the columns 'prompt' and 'completion' or 'messages'; "
       "found 'question', 'solution'; map yours with --set data.columns.prompt=question "
@@ -160,13 +154,13 @@ def test_no_end_token():
   endless = tokenizers.characters('ab')
   endless.eos_token = None
   with pytest.raises(config.UserError, match='has no end token'):
-    _door([{'prompt': 'a', 'completion': 'b'}], endless)
+    _read([{'prompt': 'a', 'completion': 'b'}], endless)
 
 
 def test_cells_of_the_wrong_kind(characters):
   with pytest.raises(config.UserError, match='the given rows, row 2: after a prompt given as text '
                      'a completion must be text, not int 7'):
-    _door([{'prompt': 'a', 'completion': 'b'}, {'prompt': 'a', 'completion': 7}], characters)
+    _read([{'prompt': 'a', 'completion': 'b'}, {'prompt': 'a', 'completion': 7}], characters)
   with pytest.raises(config.UserError, match='row 1: a prompt is text or a list of messages .*, '
                      "not list \\['a'\\]"):
-    _door([{'messages': ['a']}], characters)
+    _read([{'messages': ['a']}], characters)

@@ -142,7 +142,9 @@ def test_instructions(shared_data):
 
 def test_preferences_and_maths(shared_data):
   rows = sources.load(shared_data / 'preference' / 'dpo_en.json')
-  assert (len(rows), rows.columns) == (200, ('conversations', 'chosen', 'rejected'))
+  assert (len(rows), rows.columns) == (
+      200, ('conversations', 'chosen', 'rejected', 'prompt'))
+  assert rows[0]['prompt'] == rows[0]['conversations']
   rows = sources.load(shared_data / 'math' / 'math500.json')
   assert (len(rows), rows[1]['answer']) == (500, 'p - q')
 

@@ -27,8 +27,8 @@ STEP = 1e-5  # of the central differences; float64 leaves about 1e-10 of a value
 
 
 @pytest.fixture(autouse=True)
-def strict_float64():
-  with jax.enable_x64(True), jax.numpy_dtype_promotion('strict'):
+def float64():
+  with jax.enable_x64(True):
     yield
 
 

@@ -32,8 +32,8 @@ pytestmark = pytest.mark.slow  # importing trl takes ten seconds
 
 
 @pytest.fixture(autouse=True)
-def strict_float64():
-  with jax.enable_x64(True), jax.numpy_dtype_promotion('strict'):
+def float64():
+  with jax.enable_x64(True):
     yield
 
 

@@ -25,12 +25,6 @@ import preference_reference as reference
 B, T = 4, 6
 
 
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-  with jax.numpy_dtype_promotion('strict'):
-    yield
-
-
 @pytest.fixture
 def pair():
   return cases.pair_of(cases.to_jax(cases.random_arrays(B, T), None, np.float32))

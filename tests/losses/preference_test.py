@@ -23,12 +23,6 @@ import preference_reference as reference
 B, T = 4, 6
 
 
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-  with jax.numpy_dtype_promotion('strict'):
-    yield
-
-
 def ids(table):
   return [case.id for case in table]
 

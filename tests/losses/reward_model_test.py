@@ -2,6 +2,8 @@
 
 import collections
 import functools
+import pathlib
+import sys
 import types as python_types
 
 import jax
@@ -11,21 +13,11 @@ import pytest
 
 from ptjax.losses import reward_model
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import preference_reference as reference
+
 B, T = 4, 5
-
-
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-  with jax.numpy_dtype_promotion('strict'):
-    yield
-
-
-def log_sigmoid(x):
-  return -np.logaddexp(0.0, -x)
-
-
-def sigmoid(x):
-  return np.exp(log_sigmoid(x))
+sigmoid, log_sigmoid = reference.sigmoid, reference.log_sigmoid
 
 
 def rewards(seed=0, scale=1.5):

@@ -26,12 +26,6 @@ MISMATCHED = ('mismatched_log_probs', 'mismatched_reference_log_probs', 'mismatc
 WEIGHTS = {'desirable_weight': 1.2, 'undesirable_weight': 0.8}
 
 
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-  with jax.numpy_dtype_promotion('strict'):
-    yield
-
-
 def random_arrays(drift=0.5):
   """The chosen side of the random pairs; mismatched log-ratios move up with `drift`."""
   pairs = cases.random_arrays(B, T)

@@ -22,12 +22,6 @@ CENTRED = ('group_centred', 'group_normalized', 'leave_one_out', 'batch_normaliz
            'informative_group_scaled')
 
 
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-  with jax.numpy_dtype_promotion('strict'):
-    yield
-
-
 def call(name, rewards):
   return np.asarray(getattr(advantage, name)(jnp.asarray(rewards), **GROUP_BASELINES[name]))
 

@@ -8,12 +8,6 @@ import pytest
 from ptjax.pieces import link
 
 
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-  with jax.numpy_dtype_promotion('strict'):
-    yield
-
-
 def log_sigmoid(x):
   return -np.logaddexp(0.0, -x)
 

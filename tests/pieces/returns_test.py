@@ -15,12 +15,6 @@ REWARDS = np.array([1.0, -0.5, 2.0, 0.0], np.float32)
 TOKEN, VALUES, OLD, REFERENCE = rng.normal(size=(4, B, T)).astype(np.float32)
 
 
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-  with jax.numpy_dtype_promotion('strict'):
-    yield
-
-
 def loop(token_rewards, values, gamma, lam):
   """GAE over the tokens on the mask, as if the others were not there."""
   out = np.zeros((B, T))

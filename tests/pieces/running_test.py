@@ -10,12 +10,6 @@ from ptjax.pieces import running
 BATCHES = [np.array([1.0, 2.0, 4.0]), np.array([-1.0, 0.5, 3.0])]
 
 
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-  with jax.numpy_dtype_promotion('strict'):
-    yield
-
-
 @pytest.mark.parametrize('warm_start', [False, True])
 def test_exponential_is_the_recursion(warm_start):
   state, mean, std = running.INITIAL, 0.0, 0.0

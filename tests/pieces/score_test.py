@@ -14,12 +14,6 @@ LOG_PROBS = np.where(MASK, -RNG.uniform(0.1, 2.0, MASK.shape), np.nan)
 REFERENCE = np.where(MASK, -RNG.uniform(0.1, 2.0, MASK.shape), np.nan)
 
 
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-  with jax.numpy_dtype_promotion('strict'):
-    yield
-
-
 def side(log_probs=LOG_PROBS, mask=MASK, reference=REFERENCE, dtype=jnp.float32):
   reference = None if reference is None else jnp.asarray(reference, dtype)
   return types.SideLogProbs(jnp.asarray(log_probs, dtype), jnp.asarray(mask), reference)

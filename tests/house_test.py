@@ -24,6 +24,8 @@ HOMES = {  # outside package -> where it may be imported
     'tensorboardX': ('training/metrics',),
     'math_verify': ('rewards/',),
     'matplotlib': ('inspect/picture',),
+    'sacrebleu': ('evaluation/chrf',),
+    'lm_eval': ('evaluation/harness',),
     'torch': (),
 }
 

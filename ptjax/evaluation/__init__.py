@@ -1,4 +1,5 @@
-"""How good a policy is, with intervals: tasks, pass@k and maj@k, and the run over held-out rows.
+"""How good a model is, with intervals: tasks, what they ask of a model, and the run over rows.
 
-Generation comes in as a function, so nothing here knows a model or a sampler.
+Generation, likelihoods and scores come in as functions, so nothing here knows a model or a
+sampler.
 """

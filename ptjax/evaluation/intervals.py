@@ -1,7 +1,8 @@
 """Standard errors and confidence intervals of evaluation numbers.
 
 Samples of one prompt are alike, so the prompt, not the sample, is what is drawn independently:
-standard errors are clustered by prompt.
+standard errors are clustered by prompt. Fractions get Wilson's interval, means and ratios
+Student's, and what is neither (F1, chrF, a calibration error) the bootstrap's.
 """
 
 import dataclasses
@@ -13,10 +14,19 @@ from scipy import stats
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A mean with its standard error."""
+  """A mean or a ratio with its standard error."""
   mean: float
   se: float  # NaN for a single cluster, of which no spread is known
   num_clusters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """A number with its standard error and interval; NaN where there is none."""
+  value: float
+  se: float
+  low: float
+  high: float
 
 
 def clustered_mean(clusters):
@@ -31,13 +41,29 @@ def clustered_mean(clusters):
   sizes = np.array([len(cluster) for cluster in clusters], np.float64)
   if not len(sizes) or not sizes.all():
     raise ValueError('clustered_mean needs at least one cluster, and a value in each')
-  sums = np.array([np.sum(cluster, dtype=np.float64) for cluster in clusters])
-  mean = sums.sum() / sizes.sum()
-  if len(sizes) == 1:
-    return Estimate(float(mean), math.nan, 1)
-  residuals = sums - sizes * mean
-  variance = len(sizes) / (len(sizes) - 1) * np.sum(residuals**2) / sizes.sum()**2
-  return Estimate(float(mean), float(np.sqrt(variance)), len(sizes))
+  return ratio_estimate([np.sum(cluster, dtype=np.float64) for cluster in clusters], sizes)
+
+
+def ratio_estimate(numerators, denominators):
+  """Returns sum(numerators) / sum(denominators), each pair of them one independent draw.
+
+  Nats per token is such a ratio: what a document adds to both sums goes together.
+
+  Args:
+    numerators, denominators: [N] numbers; the denominators add up to more than 0.
+  Returns:
+    An `Estimate`.
+  Source: the linearised variance of a ratio, Cochran 1977, eq. 6.13, with n / (n - 1).
+  """
+  numerators = np.asarray(numerators, np.float64)
+  denominators = np.asarray(denominators, np.float64)
+  count, total = len(denominators), denominators.sum()
+  ratio = numerators.sum() / total
+  if count == 1:
+    return Estimate(float(ratio), math.nan, 1)
+  residuals = numerators - denominators * ratio
+  variance = count / (count - 1) * np.sum(residuals**2) / total**2
+  return Estimate(float(ratio), float(np.sqrt(variance)), count)
 
 
 def wilson(fraction, count, level=0.95):
@@ -67,3 +93,47 @@ def student(estimate, level=0.95):
     return math.nan, math.nan
   half = stats.t.ppf(0.5 + level / 2, estimate.num_clusters - 1) * estimate.se
   return float(estimate.mean - half), float(estimate.mean + half)
+
+
+def proportion(clusters, level=0.95):
+  """Returns the `Metric` of values within [0, 1], clustered, with Wilson's interval."""
+  estimate = clustered_mean(clusters)
+  return Metric(estimate.mean, estimate.se, *wilson(estimate.mean, estimate.num_clusters, level))
+
+
+def mean(clusters, level=0.95):
+  """Returns the `Metric` of any values, clustered, with the t-interval."""
+  return _with_student(clustered_mean(clusters), level)
+
+
+def ratio(numerators, denominators, level=0.95):
+  """Returns the `Metric` of a `ratio_estimate`, with the t-interval."""
+  return _with_student(ratio_estimate(numerators, denominators), level)
+
+
+def bootstrap(statistic, count, level=0.95, *, resamples=1000, seed=0):
+  """Returns the `Metric` of any statistic of independent draws, by resampling them.
+
+  Args:
+    statistic: `f(indices [count] int) -> float`, the value for those draws; NaN where it has none
+      (such resamples are left out).
+    count: the number of draws.
+    level: of the percentile interval.
+    resamples: how many.
+    seed: of the resampling, so that equal draws have equal intervals.
+  Source: Efron and Tibshirani 1993, chapters 6 and 13.
+  """
+  value = float(statistic(np.arange(count)))
+  if count < 2:
+    return Metric(value, math.nan, math.nan, math.nan)
+  rng = np.random.default_rng(seed)
+  values = np.array([statistic(rng.integers(count, size=count)) for _ in range(resamples)])
+  values = values[~np.isnan(values)]
+  if len(values) < 2:
+    return Metric(value, math.nan, math.nan, math.nan)
+  low, high = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2])
+  return Metric(value, float(values.std(ddof=1)), float(low), float(high))
+
+
+def _with_student(estimate, level):
+  return Metric(estimate.mean, estimate.se, *student(estimate, level))

@@ -88,3 +88,8 @@ def test_bad_k(options, message):
 def test_a_generator_that_breaks_its_promise():
   with pytest.raises(ValueError, match='generate gave completions for 1 rows, expected 4 rows'):
     evaluate.evaluate(tasks.make('arithmetic', _ROWS), lambda *_: evaluate.Generations([['5']]))
+
+
+def test_a_task_asks_for_functions_that_are_there():
+  with pytest.raises(config.UserError, match="'arithmetic' needs generate, which this model does "):
+    evaluate.evaluate(tasks.make('arithmetic', _ROWS), log_likelihood=lambda *_: None)

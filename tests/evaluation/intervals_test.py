@@ -59,3 +59,46 @@ def test_one_cluster_has_no_error():
 def test_empty_clusters_are_an_error(clusters):
   with pytest.raises(ValueError, match='at least one cluster'):
     intervals.clustered_mean(clusters)
+
+
+def test_a_ratio_is_the_slope_of_a_line_through_the_origin():
+  rng = np.random.default_rng(2)
+  tokens = rng.integers(5, 50, 40)
+  nats = tokens * rng.normal(1.5, 0.2, 40)
+  metric = intervals.ratio(nats, tokens)
+  assert metric.value == pytest.approx(nats.sum() / tokens.sum(), rel=1e-12)
+  # The delta method by hand: r = mean(nats) / mean(tokens).
+  r, mean = metric.value, tokens.mean()
+  cov = np.cov(nats, tokens, ddof=1)
+  variance = (cov[0, 0] - 2 * r * cov[0, 1] + r**2 * cov[1, 1]) / mean**2 / 40
+  assert metric.se == pytest.approx(math.sqrt(variance), rel=1e-9)
+  half = stats.t.ppf(0.975, 39) * metric.se
+  assert (metric.low, metric.high) == pytest.approx((r - half, r + half), rel=1e-12)
+
+
+def test_the_bootstrap_of_a_mean_is_its_standard_error():
+  values = np.random.default_rng(3).exponential(size=200)
+  metric = intervals.bootstrap(lambda indices: values[indices].mean(), 200, resamples=4000)
+  assert metric.value == pytest.approx(values.mean(), rel=1e-12)
+  # The bootstrap's own spread: a standard deviation from 4000 draws is good to 1.1 %.
+  assert metric.se == pytest.approx(values.std() / math.sqrt(200), rel=0.05)
+  z = stats.norm.ppf(0.975)
+  assert metric.low == pytest.approx(values.mean() - z * metric.se, abs=0.2 * metric.se)
+  assert metric.high == pytest.approx(values.mean() + z * metric.se, abs=0.2 * metric.se)
+
+
+def test_the_bootstrap_repeats_itself_and_narrows_with_the_level():
+  values = np.arange(30.0)
+  mean = lambda indices: values[indices].mean()
+  assert intervals.bootstrap(mean, 30) == intervals.bootstrap(mean, 30)
+  assert intervals.bootstrap(mean, 30) != intervals.bootstrap(mean, 30, seed=1)
+  wide, narrow = intervals.bootstrap(mean, 30, 0.99), intervals.bootstrap(mean, 30, 0.8)
+  assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_the_bootstrap_of_nothing_much():
+  one = intervals.bootstrap(lambda indices: 4.0, 1)
+  assert one.value == 4.0 and math.isnan(one.se) and math.isnan(one.low)
+  # Resamples without a value are left out; with one value left there is no spread.
+  none = intervals.bootstrap(lambda indices: math.nan, 5)
+  assert math.isnan(none.value) and math.isnan(none.se)

@@ -147,8 +147,8 @@ class Checkpoint:
             'copy or download it again') from None
       for name in handle.keys():
         self._handles[name] = handle
-        if not _IGNORED.search(_PREFIX.sub('', name)):
-          self.names[_PREFIX.sub('', name)] = name
+        if not _IGNORED.search(bare_name(name)):
+          self.names[bare_name(name)] = name
     return self
 
   def __exit__(self, *details):
@@ -188,7 +188,7 @@ def weight_files(directory):
   if absent:
     raise settings.UserError(
         f'{index} names {len(files)} files, of which {len(absent)} are missing: '
-        f'{_some(absent)}; copy or download them again')
+        f'{some(absent)}; copy or download them again')
   return files
 
 
@@ -198,13 +198,14 @@ def _without_weights(directory):
              and not f.startswith(('training_args', 'optimizer', 'scheduler', 'rng_state'))]
   if pickles:
     return (
-        f'{directory} holds its weights only as pickle files ({_some(pickles)}), which are not '
+        f'{directory} holds its weights only as pickle files ({some(pickles)}), which are not '
         'read because a pickle can run any code; convert them to safetensors: with torch '
         "installed, transformers.AutoModelForCausalLM.from_pretrained('.').save_pretrained('.')")
   if 'adapter_model.safetensors' in present:
-    return f'{directory} holds an adapter only; merge it into its base model first'
+    return (f'{directory} holds an adapter without its adapter_config.json; copy that file too, '
+            'which names the base model')
   return (f'{directory} has no weights: expected {SINGLE} or {INDEX}, '
-          f'found {_some(present) or "nothing"}')
+          f'found {some(present) or "nothing"}')
 
 
 def check(checkpoint, config, shapes, directory):
@@ -214,12 +215,12 @@ def check(checkpoint, config, shapes, directory):
   embedding = layout(config, shapes)['embed/embedding'].name
   if config.tie_embeddings and names.pop('lm_head.weight', None) and embedding in names:
     _check_tied(checkpoint, embedding, directory)
-  missing = [_full_name(config, name) for name in needed if name not in names]
+  missing = [full_name(config, name) for name in needed if name not in names]
   extra = [names[name] for name in names if name not in needed]
   wrong = [f'{names[name]} is {list(checkpoint.shape(name))}, not {list(shape)}'
            for name, shape in needed.items()
            if name in names and checkpoint.shape(name) != tuple(shape)]
-  problems = [f'{len(found)} {what}: {_some(found)}' for what, found in (
+  problems = [f'{len(found)} {what}: {some(found)}' for what, found in (
       ('missing', missing), ('unexpected', extra), ('wrongly shaped', wrong)) if found]
   if problems:
     raise settings.UserError(
@@ -230,7 +231,7 @@ def check(checkpoint, config, shapes, directory):
   if odd:
     raise settings.UserError(
         f'{directory} stores {len(odd)} tensors in a format that is not supported '
-        f'({_some(odd)}); use float32, float16 or bfloat16 weights')
+        f'({some(odd)}); use float32, float16 or bfloat16 weights')
 
 
 def _check_tied(checkpoint, embedding, directory, rows=8192):
@@ -247,13 +248,20 @@ def _check_tied(checkpoint, embedding, directory, rows=8192):
         'differs from the input embedding; set tie_word_embeddings to false there')
 
 
-def _full_name(config, name):
+def bare_name(name):
+  """What `layout` calls a tensor: its name in a file without prefix."""
+  return _PREFIX.sub('', name)
+
+
+def full_name(config, name):
+  """The name in a file that we write of a tensor that `layout` calls `name`."""
   if name.startswith('lm_head'):
     return name
   return ('transformer.' if config.family == 'gpt2' else 'model.') + name
 
 
-def _some(names, most=5):
+def some(names, most=5):
+  """The first few names and how many more there are, for messages."""
   names = list(names)
   rest = f', ... ({len(names) - most} more)' if len(names) > most else ''
   return ', '.join(names[:most]) + rest
@@ -331,9 +339,9 @@ def write(directory, config, params, max_file_bytes):
     filename = SINGLE if len(files) == 1 else f'model-{number:05d}-of-{len(files):05d}.safetensors'
     tensors = {}
     for name in names:
-      full_name = _full_name(config, name)
-      weight_map[full_name] = filename
-      tensors[full_name] = _gather(leaves, sorted(groups[name], key=lambda part: part[0]))
+      stored = full_name(config, name)
+      weight_map[stored] = filename
+      tensors[stored] = _gather(leaves, sorted(groups[name], key=lambda part: part[0]))
     if jax.process_index() == 0:
       safetensors_numpy.save_file(
           tensors, os.path.join(directory, filename), metadata={'format': 'pt'})

@@ -1,5 +1,6 @@
 """Models in Hugging Face's format: load from a directory or hub name, export to a directory.
 
+A directory that holds a PEFT adapter stands for its base model with the adapter merged into it.
 Only safetensors are read, never a pickle, and code that comes with a model is never run.
 """
 
@@ -14,6 +15,8 @@ from ptjax import config as settings
 from ptjax.models import folders
 from ptjax.models import hf_config
 from ptjax.models import hf_weights
+from ptjax.models import lora
+from ptjax.models import peft
 from ptjax.models import transformer
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -45,7 +48,10 @@ def load(path_or_name, *, dtype=None, param_dtype=None, shardings=None):
 
 def load_config(path_or_name, *, dtype=None, param_dtype=None):
   """Reads a model's `TransformerConfig`; its dtypes are the checkpoint's where not given."""
-  path = os.path.join(resolve(path_or_name, weights=False), 'config.json')
+  directory = resolve(path_or_name, weights=False)
+  if peft.is_adapter(directory):
+    return _of_base(load_config, directory, dtype=dtype, param_dtype=param_dtype)
+  path = os.path.join(directory, 'config.json')
   raw = folders.read_json(path)
   try:
     config = hf_config.from_hf(raw)
@@ -59,8 +65,13 @@ def load_params(path_or_name, config, *, shardings=None):
   """Loads the parameters of `config` (see `load`); they are cast to `config.param_dtype`."""
   directory = resolve(path_or_name)
   shapes = param_shapes(config)
-  sources = hf_weights.layout(config, shapes)
   targets = shardings(shapes) if callable(shardings) else shardings
+  if peft.is_adapter(directory):
+    adapters, made_with = peft.load(directory, config)
+    base = _of_base(load_params, directory, config, shardings=targets)
+    merge = functools.partial(lora.merge, scale=made_with.scale)
+    return jax.jit(merge, out_shardings=targets, donate_argnums=0)(base, adapters)
+  sources = hf_weights.layout(config, shapes)
   paths = hf_weights.paths(shapes)
   targets = dict.fromkeys(paths) if targets is None else hf_weights.paths(targets)
   with hf_weights.Checkpoint(directory) as checkpoint:
@@ -80,6 +91,8 @@ def load_tokenizer(path_or_name):
   """Loads the tokenizer (a `transformers` tokenizer) of a model."""
   directory = resolve(path_or_name, weights=False)
   if not any(os.path.exists(os.path.join(directory, f)) for f in _TOKENIZER_FILES):
+    if peft.is_adapter(directory):
+      return _of_base(load_tokenizer, directory)
     raise settings.UserError(
         f'{directory} has no tokenizer: expected {" or ".join(_TOKENIZER_FILES[:3])}; copy the '
         'tokenizer files of the base model there')
@@ -98,6 +111,8 @@ def load_stop_ids(path_or_name, tokenizer):
     Sorted tuple of ints. Published models often name a second one only in the generation config.
   """
   directory = resolve(path_or_name, weights=False)
+  if peft.is_adapter(directory):
+    return _of_base(load_stop_ids, directory, tokenizer)
   ids = {tokenizer.eos_token_id}
   for filename in ('config.json', 'generation_config.json'):
     path = os.path.join(directory, filename)
@@ -114,7 +129,7 @@ def resolve(path_or_name, *, weights=True):
     path_or_name: a directory, or a hub name such as `Qwen/Qwen2.5-0.5B`.
     weights: whether the weights are needed too.
   Raises:
-    UserError: neither a directory with a config.json nor a name that the hub gives.
+    UserError: neither a directory with a model or an adapter nor a name that the hub gives.
   """
   path = os.path.expanduser(os.fspath(path_or_name))
   if not os.path.exists(path):
@@ -122,11 +137,20 @@ def resolve(path_or_name, *, weights=True):
   if not os.path.isdir(path):
     raise settings.UserError(
         f'{path} is a file; a model is a directory with config.json and safetensors weights')
-  if not os.path.exists(os.path.join(path, 'config.json')):
+  if not os.path.exists(os.path.join(path, 'config.json')) and not peft.is_adapter(path):
     raise settings.UserError(
         f'{path} is not a model directory: it has no config.json'
         + ('' if os.listdir(path) else ' (it is empty)'))
   return path
+
+
+def _of_base(function, directory, *args, **kwargs):
+  """Calls `function` with the base of an adapter; what is wrong with it names the adapter too."""
+  base = peft.base_of(directory)
+  try:
+    return function(base, *args, **kwargs)
+  except settings.UserError as error:
+    raise settings.UserError(f'the base model of the adapter in {directory}: {error}') from None
 
 
 def _fetch(name, weights):

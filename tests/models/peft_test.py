@@ -1,0 +1,389 @@
+"""Adapters in PEFT's format, both ways, against PEFT itself; needs torch (the `parity` extra)."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+import transformers
+
+from ptjax import config as settings
+from ptjax.models import attention
+from ptjax.models import hub
+from ptjax.models import lora
+from ptjax.models import peft
+from ptjax.models import transformer
+
+torch = pytest.importorskip('torch', reason='parity needs torch: pip install -e ".[parity]"')
+theirs = pytest.importorskip('peft', reason='parity needs peft: pip install -e ".[parity]"')
+
+VOCAB, WIDTH, LENGTH, LAYERS = 64, 32, 12, 2
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH))
+# Float32 sums in another order, logits of size 5; measured at most 5e-6.
+TOLERANCE = 2e-5
+
+_QWEN2 = dict(
+    vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+BASES = {
+    'qwen2': lambda: transformers.Qwen2Config(**_QWEN2, tie_word_embeddings=True),
+    'llama': lambda: transformers.LlamaConfig(**_QWEN2),
+    'gpt2': lambda: transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=WIDTH, n_head=4, n_layer=LAYERS, n_positions=64),
+}
+VARIANTS = {'lora': {}, 'rslora': {'use_rslora': True}, 'dora': {'use_dora': True}}
+ALL = {'qwen2': ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'],
+       'gpt2': ['c_attn', 'attn.c_proj', 'c_fc', 'mlp.c_proj']}
+
+
+@pytest.fixture(scope='session')
+def bases(tmp_path_factory):
+  """`name -> directory` of a random base model, made once."""
+  root = tmp_path_factory.mktemp('bases')
+
+  @functools.cache
+  def make(name):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(BASES[name]())
+    with torch.no_grad():
+      for parameter in model.parameters():
+        if parameter.ndim > 1:
+          parameter.normal_(0, 0.2)
+    model.save_pretrained(root / name)
+    return str(root / name)
+
+  return make
+
+
+def base_model(directory):
+  return transformers.AutoModelForCausalLM.from_pretrained(
+      directory, dtype=torch.float32, attn_implementation='eager').eval()
+
+
+def noisy(model, seed=1):
+  """Moves every adapter weight away from where it starts."""
+  torch.manual_seed(seed)
+  with torch.no_grad():
+    for name, parameter in model.named_parameters():
+      if 'lora_' in name:
+        parameter.add_(torch.randn(parameter.shape) * 0.1)
+  return model
+
+
+def torch_logits(model):
+  with torch.no_grad():
+    return model(torch.tensor(TOKENS)).logits.float().numpy()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def our_logits(config, params):
+  rows, length = TOKENS.shape
+  hidden, _ = transformer.forward(
+      config, params, jnp.asarray(TOKENS).reshape(-1), jnp.tile(jnp.arange(length), rows),
+      attention.prefill(config, jnp.full([rows], length), length))
+  return transformer.logits(config, params, hidden).reshape(rows, length, -1)
+
+
+def made_by_peft(bases, name, folder, **options):
+  """Saves a noisy adapter of PEFT's own; returns its logits."""
+  model = noisy(theirs.get_peft_model(base_model(bases(name)), theirs.LoraConfig(
+      **{'r': 4, 'lora_alpha': 6, 'task_type': 'CAUSAL_LM', 'target_modules': ALL[name],
+         'fan_in_fan_out': name == 'gpt2', **options})))
+  model.save_pretrained(folder)
+  return torch_logits(model)
+
+
+def made_by_us(directory, changes, seed=3):
+  """(config, base params, adapters away from their start, settings)."""
+  config = hub.load_config(directory)
+  params = hub.load_params(directory, config)
+  own = settings.LoraSettings(rank=4, alpha=6.0, **changes)
+  random = np.random.default_rng(seed)
+  adapters = jax.tree.map(
+      lambda x: x + 0.1 * random.standard_normal(x.shape).astype(np.float32),
+      lora.init(params, own, jax.random.key(0)))
+  return config, params, adapters, own
+
+
+def refusal(function, *args, **kwargs):
+  """The message with which a UserError refuses; always one line."""
+  with pytest.raises(settings.UserError) as caught:
+    function(*args, **kwargs)
+  assert '\n' not in str(caught.value)
+  return str(caught.value)
+
+
+# Ours, opened by PEFT.
+
+
+@pytest.mark.parametrize('targets', [('all-linear',), ('query', 'value'), ('key', 'down', 'out')])
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('name', ['qwen2', 'gpt2'])
+def test_peft_opens_what_we_save(name, variant, targets, bases, tmp_path):
+  if name == 'gpt2' and variant == 'dora' and targets != ('all-linear',):
+    targets = ('query', 'key', 'value', 'down')
+  directory = bases(name)
+  config, params, adapters, own = made_by_us(directory, dict(variant=variant, targets=targets))
+  peft.save(tmp_path / 'a', config, adapters, own, base=directory)
+  model = theirs.PeftModel.from_pretrained(base_model(directory), tmp_path / 'a')
+  got = our_logits(config, lora.join(params, adapters, own.scale))
+  np.testing.assert_allclose(got, torch_logits(model), atol=TOLERANCE)
+  assert np.abs(got - our_logits(config, params)).max() > 0.1
+  # PEFT has a place for every tensor of the file, and no adapter of its own beside them.
+  stored = safetensors_numpy.load_file(tmp_path / 'a' / peft.WEIGHTS)
+  placed = theirs.get_peft_model_state_dict(model)
+  assert set(stored) == set(placed)
+  for key, tensor in placed.items():
+    np.testing.assert_array_equal(tensor.numpy(), stored[key])
+
+
+def test_fused_kernels_make_one_adapter_of_blocks(bases, tmp_path):
+  config, _, adapters, own = made_by_us(bases('gpt2'), dict(targets=('query', 'value', 'down')))
+  peft.save(tmp_path / 'a', config, adapters, own, base='gpt2')
+  raw = json.loads((tmp_path / 'a' / peft.CONFIG).read_text())
+  assert sorted(raw['target_modules']) == ['c_attn', 'mlp.c_proj'] and raw['fan_in_fan_out']
+  assert raw['rank_pattern'] == {'c_attn': 8} and raw['alpha_pattern'] == {'c_attn': 12.0}
+  stored = safetensors_numpy.load_file(tmp_path / 'a' / peft.WEIGHTS)
+  b = stored['base_model.model.transformer.h.1.attn.c_attn.lora_B.weight']  # [out, r]
+  assert b.shape == (3 * WIDTH, 8)
+  filled = [[bool(np.any(b[i:i + WIDTH, j:j + 4])) for j in (0, 4)] for i in (0, WIDTH, 2 * WIDTH)]
+  assert filled == [[True, False], [False, False], [False, True]]
+
+
+def test_dora_on_part_of_a_fused_matrix_is_refused(bases, tmp_path):
+  config, _, adapters, own = made_by_us(
+      bases('gpt2'), dict(targets=('query', 'value'), variant='dora'))
+  for message in (refusal(peft.check, config, own),
+                  refusal(peft.save, tmp_path / 'a', config, adapters, own, base='gpt2')):
+    assert 'all of query, key, value' in message and 'c_attn' in message
+  assert not (tmp_path / 'a').exists()
+  peft.check(config, dataclasses.replace(own, targets=('down', 'out')))
+  peft.check(config, dataclasses.replace(own, targets=('all-linear',)))
+  peft.check(config, dataclasses.replace(own, variant='lora'))
+  peft.check(hub.load_config(bases('qwen2')), own)
+
+
+def test_an_earlier_adapter_is_replaced_and_nothing_else(bases, tmp_path):
+  config, _, adapters, own = made_by_us(bases('qwen2'), {})
+  for _ in range(2):
+    peft.save(tmp_path / 'a', config, adapters, own, base='b')
+  assert sorted(path.name for path in (tmp_path / 'a').iterdir()) == [peft.CONFIG, peft.WEIGHTS]
+  (tmp_path / 'thesis').mkdir()
+  (tmp_path / 'thesis' / 'text').write_text('five years')
+  assert 'is not an adapter directory' in refusal(
+      peft.save, tmp_path / 'thesis', config, adapters, own, base='b')
+
+
+# PEFT's, opened by us.
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('name', ['qwen2', 'gpt2'])
+def test_we_open_what_peft_saves(name, variant, bases, tmp_path):
+  expected = made_by_peft(bases, name, tmp_path, **VARIANTS[variant])
+  directory = bases(name)
+  config = hub.load_config(directory)
+  params = hub.load_params(directory, config)
+  adapters, own = peft.load(tmp_path, config, base=directory)
+  assert (own.variant, own.rank, own.alpha) == (variant, 4, 6.0)
+  assert set(own.targets) == {'query', 'key', 'value', 'out', 'up', 'down'} | (
+      {'gate'} if name == 'qwen2' else set())
+  got = our_logits(config, lora.join(params, adapters, own.scale))
+  np.testing.assert_allclose(got, expected, atol=TOLERANCE)
+  # And as a model of its own, merged.
+  merged_config, whole = hub.load_config(tmp_path), hub.load_params(tmp_path, config)
+  assert merged_config == config
+  np.testing.assert_allclose(our_logits(config, whole), expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize('options', [
+    dict(rank_pattern={'q_proj': 2, r'layers\.1\..*v_proj': 3}, alpha_pattern={'down_proj': 1}),
+    dict(layers_to_transform=[1], target_modules=['q_proj', 'up_proj']),
+    dict(use_dora=True, use_rslora=True), dict(init_lora_weights='gaussian', lora_dropout=0.5),
+    dict(target_modules='all-linear'), dict(target_modules=r'.*\.1\.mlp\.(up|down)_proj')],
+    ids=['patterns', 'layers', 'dora-rslora', 'gaussian', 'all-linear', 'regex'])
+def test_we_open_every_way_of_placing_them(options, bases, tmp_path):
+  model = noisy(theirs.get_peft_model(base_model(bases('qwen2')), theirs.LoraConfig(
+      **{'r': 4, 'lora_alpha': 6, 'target_modules': ALL['qwen2'], **options}))).eval()
+  model.save_pretrained(tmp_path)
+  config = hub.load_config(bases('qwen2'))
+  adapters, own = peft.load(tmp_path, config)
+  joined = lora.join(hub.load_params(bases('qwen2'), config), adapters, own.scale)
+  np.testing.assert_allclose(our_logits(config, joined), torch_logits(model), atol=TOLERANCE)
+  peft.save(tmp_path / 'again', config, adapters, own, base=bases('qwen2'))
+  again = theirs.PeftModel.from_pretrained(base_model(bases('qwen2')), tmp_path / 'again')
+  np.testing.assert_allclose(torch_logits(again), torch_logits(model), atol=TOLERANCE)
+
+
+def test_save_then_load_is_the_identity(bases, tmp_path):
+  config, _, adapters, own = made_by_us(bases('llama'), dict(variant='rslora'))
+  peft.save(tmp_path / 'a', config, adapters, own, base='b')
+  loaded, found = peft.load(tmp_path / 'a', config)
+  assert dataclasses.replace(found, targets=('all-linear',)) == own
+  jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
+
+
+# Training.
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('name', ['qwen2', 'gpt2'])
+def test_one_step_equals_pefts(name, variant, bases, tmp_path):
+  """One step of plain gradient descent on the adapters, in both, from the same noisy ones.
+
+  GPT-2's c_attn is left out: PEFT lets query, key and value share one A, we do not.
+  """
+  targets = ALL[name][1:] if name == 'gpt2' else ALL[name]
+  made_by_peft(bases, name, tmp_path, target_modules=targets, **VARIANTS[variant])
+  model = theirs.PeftModel.from_pretrained(
+      base_model(bases(name)), tmp_path, is_trainable=True).train(False)
+  rate = 0.5
+  optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+  ids = torch.tensor(TOKENS)
+  logits = model(ids).logits[:, :-1]
+  torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB), ids[:, 1:].reshape(-1)).backward()
+  optimizer.step()
+  model.save_pretrained(tmp_path / 'stepped')
+
+  config = hub.load_config(bases(name))
+  params = hub.load_params(bases(name), config)
+  before, own = peft.load(tmp_path, config)
+
+  @jax.jit
+  def gradient(adapters):
+    def loss(adapters):
+      out = jax.nn.log_softmax(our_logits(config, lora.join(params, adapters, own.scale))[:, :-1])
+      return -jnp.take_along_axis(out, TOKENS[:, 1:, None], axis=-1).mean()
+    return jax.grad(loss)(adapters)
+
+  after = jax.tree.map(lambda w, g: w - rate * g, before, gradient(before))
+  expected, _ = peft.load(tmp_path / 'stepped', config)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), after, expected)
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, after)
+  assert min(jax.tree.leaves(moved)) > 1e-4
+
+
+# As a model.
+
+
+def test_adapter_directory_is_a_model(bases, tmp_path):
+  from ptjax.data import tokenizer
+  made_by_peft(bases, 'qwen2', tmp_path / 'a')
+  shutil.copytree(bases('qwen2'), tmp_path / 'base')
+  raw = json.loads((tmp_path / 'a' / peft.CONFIG).read_text())
+  (tmp_path / 'a' / peft.CONFIG).write_text(
+      json.dumps({**raw, 'base_model_name_or_path': str(tmp_path / 'base')}))
+  base_tokenizer = tokenizer.characters('abc')
+  base_tokenizer.save_pretrained(tmp_path / 'base')
+  config, params, found = hub.load(tmp_path / 'a', param_dtype='bfloat16')
+  assert found('cab').input_ids == base_tokenizer('cab').input_ids
+  assert config.param_dtype == 'bfloat16'
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('bfloat16')}
+  assert hub.load_stop_ids(tmp_path / 'a', found) == hub.load_stop_ids(tmp_path / 'base', found)
+  tokenizer.characters('abcd').save_pretrained(tmp_path / 'a')  # its own goes first
+  assert len(hub.load_tokenizer(tmp_path / 'a')) == len(base_tokenizer) + 1
+  hub.export(tmp_path / 'whole', config, params, found)
+  assert not peft.is_adapter(tmp_path / 'whole')
+  reloaded = hub.load_params(tmp_path / 'whole', config)
+  jax.tree.map(np.testing.assert_array_equal, reloaded, params)
+
+
+def test_sharded_merge(bases, tmp_path):
+  from ptjax import sharding
+  made_by_peft(bases, 'qwen2', tmp_path)
+  config = hub.load_config(tmp_path)
+  mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2')
+  found = hub.load_params(
+      tmp_path, config, shardings=lambda shapes: sharding.tree_sharding(mesh, shapes))
+  plain = hub.load_params(tmp_path, config)
+  assert jax.tree.map(lambda leaf: leaf.sharding, found) == sharding.tree_sharding(mesh, plain)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, plain)
+
+
+# What cannot be used.
+
+
+@pytest.fixture(scope='module')
+def adapter(bases, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('adapter') / 'a'
+  made_by_peft(bases, 'qwen2', folder, target_modules=['q_proj', 'down_proj'])
+  return folder
+
+
+@pytest.fixture
+def spoilt(adapter, tmp_path):
+  return shutil.copytree(adapter, tmp_path / 'a')
+
+
+def edit(folder, **changes):
+  raw = json.loads((folder / peft.CONFIG).read_text())
+  (folder / peft.CONFIG).write_text(json.dumps({**raw, **changes}))
+
+
+def edit_tensors(folder, change):
+  tensors = safetensors_numpy.load_file(folder / peft.WEIGHTS)
+  change(tensors)
+  safetensors_numpy.save_file(tensors, folder / peft.WEIGHTS)
+
+
+def test_another_base(adapter, bases):
+  qwen2 = hub.load_config(bases('qwen2'))
+  message = refusal(peft.load, adapter, qwen2, base='/models/other')
+  assert bases('qwen2') in message and '/models/other' in message
+  peft.load(adapter, qwen2, base='Somebody/Qwen2')  # the same model in another place
+  message = refusal(peft.load, adapter, dataclasses.replace(qwen2, width=64, head_dim=8))
+  assert '4 wrongly shaped' in message and 'q_proj.lora_a is [4, 32], not [4, 64]' in message
+  assert 'width 64' in message and bases('qwen2') in message
+  message = refusal(peft.load, adapter, hub.load_config(bases('gpt2')))
+  assert '8 unexpected' in message and 'layers.0.self_attn.q_proj' in message
+  message = refusal(peft.load, adapter, dataclasses.replace(
+      qwen2, num_layers=1, layer_windows=None))
+  assert '4 unexpected' in message and 'layers.1.' in message
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(peft_type='IA3'), ('peft_type', 'IA3', 'LORA')),
+    (dict(bias='all'), ("bias='all'", 'none')),
+    (dict(init_lora_weights='pissa'), ('pissa', 'gaussian')),
+    (dict(target_parameters=['experts']), ('target_parameters', 'merge the adapter with peft')),
+    (dict(some_future_variant={'x': 1}), ('some_future_variant', 'merge')),
+    (dict(r=0), ('r=0', 'positive')), (dict(lora_alpha='big'), ('lora_alpha', "'big'"))])
+def test_settings_that_are_not_supported(changes, words, spoilt, bases):
+  edit(spoilt, **changes)
+  message = refusal(peft.load, spoilt, hub.load_config(bases('qwen2')))
+  assert str(spoilt) in message and all(word in message for word in words), message
+
+
+def test_damaged_files(spoilt, bases):
+  config = hub.load_config(bases('qwen2'))
+  key = 'base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight'
+  edit_tensors(spoilt, lambda tensors: tensors.pop(key))
+  assert '1 missing: model.layers.1.self_attn.q_proj.lora_b' in refusal(peft.load, spoilt, config)
+  edit_tensors(spoilt, lambda tensors: tensors.update({
+      key: np.zeros((32, 4), np.float32),
+      'base_model.model.model.embed_tokens.weight': np.zeros((64, 32), np.float32)}))
+  assert '1 unexpected: embed_tokens.weight' in refusal(peft.load, spoilt, config)
+  whole = (spoilt / peft.WEIGHTS).read_bytes()
+  (spoilt / peft.WEIGHTS).write_bytes(whole[:-50])
+  assert 'truncated or corrupt' in refusal(peft.load, spoilt, config)
+  (spoilt / peft.WEIGHTS).unlink()
+  assert 'pickle' in refusal(peft.load, spoilt, config)
+
+
+def test_dora_lacking_a_layer_is_refused(bases, tmp_path):
+  """Its magnitudes would be the base's norms, which the adapter does not hold."""
+  made_by_peft(bases, 'qwen2', tmp_path, use_dora=True, layers_to_transform=[1])
+  assert 'missing: model.layers.0.' in refusal(peft.load, tmp_path, hub.load_config(bases('qwen2')))
+
+
+def test_a_base_that_is_not_there(spoilt):
+  edit(spoilt, base_model_name_or_path='/nowhere/base')
+  message = refusal(hub.load_config, spoilt)
+  assert str(spoilt) in message and '/nowhere/base does not exist' in message
+  edit(spoilt, base_model_name_or_path=None)
+  assert 'names no base model' in refusal(hub.load_config, spoilt)

@@ -39,7 +39,7 @@ def log_prob_flops(config, rows):
   return sum(_layers(config, rows)) + head_flops(config, rows.completions * rows.completion_tokens)
 
 
-def update_flops(config, rows, *, remat='none', micro_batches=1):
+def update_flops(config, rows, *, remat='none', micro_batches=1, adapters=0):
   """FLOPs of a batch's gradient.
 
   Args:
@@ -47,18 +47,22 @@ def update_flops(config, rows, *, remat='none', micro_batches=1):
     rows: Rows of the whole batch.
     remat: as in `transformer.forward`.
     micro_batches: from two on, outputs are computed beforehand, for the loss sees all of them.
+    adapters: weights of one layer's adapters, where only those train; 0: all weights train.
   """
   weights, attention = _layers(config, rows)
-  # Backward is twice forward; the head recomputes its logits chunk by chunk.
-  total = 3 * weights + 3 * attention + 4 * head_flops(
-      config, rows.completions * rows.completion_tokens)
+  head = head_flops(config, rows.completions * rows.completion_tokens)
+  every, down = layer_weights(config)
+  beside = weights * adapters / every
+  # Backward is twice forward: once for activations, once for weights if they train. The head
+  # recomputes its logits chunk by chunk.
+  frozen = adapters > 0
+  total = (2 if frozen else 3) * weights + 3 * beside + 3 * attention + (3 if frozen else 4) * head
   if remat in ('dots', 'full'):
     total += attention
   if remat == 'full':
-    every, down = layer_weights(config)  # a layer's output itself is not recomputed
-    total += weights * (every - down) / every
+    total += weights * (every - down) / every + beside  # a layer's output is not recomputed
   if micro_batches > 1:
-    total += log_prob_flops(config, rows)
+    total += log_prob_flops(config, rows) + beside
   return total
 
 

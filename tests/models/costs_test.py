@@ -1,5 +1,6 @@
 """FLOPs counted from shapes against XLA's count of unrolled programs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,10 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from ptjax import types
+from ptjax import config as settings
 from ptjax.models import attention
 from ptjax.models import cache
 from ptjax.models import costs
 from ptjax.models import hub
+from ptjax.models import lora
 from ptjax.models import policy
 from ptjax.models import presets
 from ptjax.models import transformer
@@ -76,6 +79,27 @@ def test_update_flops(remat):
     return (scores * entropy).sum()
   found = counted(jax.value_and_grad(loss), split_shapes(CONFIG), *batch_shapes())
   assert costs.update_flops(CONFIG, ROWS, remat=remat) == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize('remat', transformer.REMAT)
+def test_update_flops_of_adapters(remat):
+  """The embedding is differentiated too: it costs no product, and unrolled, XLA would otherwise
+  see that the first layer's input needs no gradient."""
+  config = dataclasses.replace(CONFIG, tie_embeddings=False)
+  made_with = settings.LoraSettings(rank=8)
+  base = hub.param_shapes(config)
+  own = jax.eval_shape(lambda base: lora.init(base, made_with, jax.random.key(0)), base)
+  adapters = sum(leaf.size for leaf in jax.tree.leaves(own)) // config.num_layers
+
+  def loss(trained, base, *batch):
+    own, embed = trained
+    joined = lora.join({**base, 'embed': embed}, own, made_with.scale)
+    scores, entropy = log_probs(config, remat, transformer.split_layers(joined), *batch)
+    return (scores * entropy).sum()
+  found = counted(jax.value_and_grad(loss), (own, base['embed']), base, *batch_shapes())
+  expected = costs.update_flops(config, ROWS, remat=remat, adapters=adapters)
+  assert expected == pytest.approx(found, rel=TOLERANCE)
+  assert expected < 0.85 * costs.update_flops(config, ROWS, remat=remat)
 
 
 def test_several_micro_batches_cost_one_forward_pass_more():

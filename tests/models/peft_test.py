@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+import pathlib
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,16 @@ from safetensors import numpy as safetensors_numpy
 import transformers
 
 from ptjax import config as settings
+from ptjax import sharding
+from ptjax.data import tokenizer as data_tokenizer
 from ptjax.models import attention
 from ptjax.models import hub
 from ptjax.models import lora
 from ptjax.models import peft
 from ptjax.models import transformer
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import hub_models
 
 torch = pytest.importorskip('torch', reason='parity needs torch: pip install -e ".[parity]"')
 theirs = pytest.importorskip('peft', reason='parity needs peft: pip install -e ".[parity]"')
@@ -110,14 +117,6 @@ def made_by_us(directory, changes, seed=3):
   return config, params, adapters, own
 
 
-def refusal(function, *args, **kwargs):
-  """The message with which a UserError refuses; always one line."""
-  with pytest.raises(settings.UserError) as caught:
-    function(*args, **kwargs)
-  assert '\n' not in str(caught.value)
-  return str(caught.value)
-
-
 # Ours, opened by PEFT.
 
 
@@ -158,8 +157,9 @@ def test_fused_kernels_make_one_adapter_of_blocks(bases, tmp_path):
 def test_dora_on_part_of_a_fused_matrix_is_refused(bases, tmp_path):
   config, _, adapters, own = made_by_us(
       bases('gpt2'), dict(targets=('query', 'value'), variant='dora'))
-  for message in (refusal(peft.check, config, own),
-                  refusal(peft.save, tmp_path / 'a', config, adapters, own, base='gpt2')):
+  for message in (hub_models.refusal(peft.check, config, own),
+                  hub_models.refusal(
+                      peft.save, tmp_path / 'a', config, adapters, own, base='gpt2')):
     assert 'all of query, key, value' in message and 'c_attn' in message
   assert not (tmp_path / 'a').exists()
   peft.check(config, dataclasses.replace(own, targets=('down', 'out')))
@@ -175,7 +175,7 @@ def test_an_earlier_adapter_is_replaced_and_nothing_else(bases, tmp_path):
   assert sorted(path.name for path in (tmp_path / 'a').iterdir()) == [peft.CONFIG, peft.WEIGHTS]
   (tmp_path / 'thesis').mkdir()
   (tmp_path / 'thesis' / 'text').write_text('five years')
-  assert 'is not an adapter directory' in refusal(
+  assert 'is not an adapter directory' in hub_models.refusal(
       peft.save, tmp_path / 'thesis', config, adapters, own, base='b')
 
 
@@ -272,20 +272,19 @@ def test_one_step_equals_pefts(name, variant, bases, tmp_path):
 
 
 def test_adapter_directory_is_a_model(bases, tmp_path):
-  from ptjax.data import tokenizer
   made_by_peft(bases, 'qwen2', tmp_path / 'a')
   shutil.copytree(bases('qwen2'), tmp_path / 'base')
   raw = json.loads((tmp_path / 'a' / peft.CONFIG).read_text())
   (tmp_path / 'a' / peft.CONFIG).write_text(
       json.dumps({**raw, 'base_model_name_or_path': str(tmp_path / 'base')}))
-  base_tokenizer = tokenizer.characters('abc')
+  base_tokenizer = data_tokenizer.characters('abc')
   base_tokenizer.save_pretrained(tmp_path / 'base')
   config, params, found = hub.load(tmp_path / 'a', param_dtype='bfloat16')
   assert found('cab').input_ids == base_tokenizer('cab').input_ids
   assert config.param_dtype == 'bfloat16'
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('bfloat16')}
   assert hub.load_stop_ids(tmp_path / 'a', found) == hub.load_stop_ids(tmp_path / 'base', found)
-  tokenizer.characters('abcd').save_pretrained(tmp_path / 'a')  # its own goes first
+  data_tokenizer.characters('abcd').save_pretrained(tmp_path / 'a')  # its own goes first
   assert len(hub.load_tokenizer(tmp_path / 'a')) == len(base_tokenizer) + 1
   hub.export(tmp_path / 'whole', config, params, found)
   assert not peft.is_adapter(tmp_path / 'whole')
@@ -294,7 +293,6 @@ def test_adapter_directory_is_a_model(bases, tmp_path):
 
 
 def test_sharded_merge(bases, tmp_path):
-  from ptjax import sharding
   made_by_peft(bases, 'qwen2', tmp_path)
   config = hub.load_config(tmp_path)
   mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2')
@@ -321,8 +319,7 @@ def spoilt(adapter, tmp_path):
 
 
 def edit(folder, **changes):
-  raw = json.loads((folder / peft.CONFIG).read_text())
-  (folder / peft.CONFIG).write_text(json.dumps({**raw, **changes}))
+  hub_models.edit_json(folder / peft.CONFIG, **changes)
 
 
 def edit_tensors(folder, change):
@@ -333,15 +330,15 @@ def edit_tensors(folder, change):
 
 def test_another_base(adapter, bases):
   qwen2 = hub.load_config(bases('qwen2'))
-  message = refusal(peft.load, adapter, qwen2, base='/models/other')
+  message = hub_models.refusal(peft.load, adapter, qwen2, base='/models/other')
   assert bases('qwen2') in message and '/models/other' in message
   peft.load(adapter, qwen2, base='Somebody/Qwen2')  # the same model in another place
-  message = refusal(peft.load, adapter, dataclasses.replace(qwen2, width=64, head_dim=8))
+  message = hub_models.refusal(peft.load, adapter, dataclasses.replace(qwen2, width=64, head_dim=8))
   assert '4 wrongly shaped' in message and 'q_proj.lora_a is [4, 32], not [4, 64]' in message
   assert 'width 64' in message and bases('qwen2') in message
-  message = refusal(peft.load, adapter, hub.load_config(bases('gpt2')))
+  message = hub_models.refusal(peft.load, adapter, hub.load_config(bases('gpt2')))
   assert '8 unexpected' in message and 'layers.0.self_attn.q_proj' in message
-  message = refusal(peft.load, adapter, dataclasses.replace(
+  message = hub_models.refusal(peft.load, adapter, dataclasses.replace(
       qwen2, num_layers=1, layer_windows=None))
   assert '4 unexpected' in message and 'layers.1.' in message
 
@@ -355,7 +352,7 @@ def test_another_base(adapter, bases):
     (dict(r=0), ('r=0', 'positive')), (dict(lora_alpha='big'), ('lora_alpha', "'big'"))])
 def test_settings_that_are_not_supported(changes, words, spoilt, bases):
   edit(spoilt, **changes)
-  message = refusal(peft.load, spoilt, hub.load_config(bases('qwen2')))
+  message = hub_models.refusal(peft.load, spoilt, hub.load_config(bases('qwen2')))
   assert str(spoilt) in message and all(word in message for word in words), message
 
 
@@ -363,27 +360,29 @@ def test_damaged_files(spoilt, bases):
   config = hub.load_config(bases('qwen2'))
   key = 'base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight'
   edit_tensors(spoilt, lambda tensors: tensors.pop(key))
-  assert '1 missing: model.layers.1.self_attn.q_proj.lora_b' in refusal(peft.load, spoilt, config)
+  message = hub_models.refusal(peft.load, spoilt, config)
+  assert '1 missing: model.layers.1.self_attn.q_proj.lora_b' in message
   edit_tensors(spoilt, lambda tensors: tensors.update({
       key: np.zeros((32, 4), np.float32),
       'base_model.model.model.embed_tokens.weight': np.zeros((64, 32), np.float32)}))
-  assert '1 unexpected: embed_tokens.weight' in refusal(peft.load, spoilt, config)
+  assert '1 unexpected: embed_tokens.weight' in hub_models.refusal(peft.load, spoilt, config)
   whole = (spoilt / peft.WEIGHTS).read_bytes()
   (spoilt / peft.WEIGHTS).write_bytes(whole[:-50])
-  assert 'truncated or corrupt' in refusal(peft.load, spoilt, config)
+  assert 'truncated or corrupt' in hub_models.refusal(peft.load, spoilt, config)
   (spoilt / peft.WEIGHTS).unlink()
-  assert 'pickle' in refusal(peft.load, spoilt, config)
+  assert 'pickle' in hub_models.refusal(peft.load, spoilt, config)
 
 
 def test_dora_lacking_a_layer_is_refused(bases, tmp_path):
   """Its magnitudes would be the base's norms, which the adapter does not hold."""
   made_by_peft(bases, 'qwen2', tmp_path, use_dora=True, layers_to_transform=[1])
-  assert 'missing: model.layers.0.' in refusal(peft.load, tmp_path, hub.load_config(bases('qwen2')))
+  message = hub_models.refusal(peft.load, tmp_path, hub.load_config(bases('qwen2')))
+  assert 'missing: model.layers.0.' in message
 
 
 def test_a_base_that_is_not_there(spoilt):
   edit(spoilt, base_model_name_or_path='/nowhere/base')
-  message = refusal(hub.load_config, spoilt)
+  message = hub_models.refusal(hub.load_config, spoilt)
   assert str(spoilt) in message and '/nowhere/base does not exist' in message
   edit(spoilt, base_model_name_or_path=None)
-  assert 'names no base model' in refusal(hub.load_config, spoilt)
+  assert 'names no base model' in hub_models.refusal(hub.load_config, spoilt)

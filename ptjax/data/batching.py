@@ -75,7 +75,7 @@ class Shapes:
     need = np.asarray(need, np.int64)
     fits = (self._sizes >= need).all(-1)
     if not fits.any():
-      largest = np.maximum(self._sizes.max(0), self._round(need[None], _multiple_of_8)[0])
+      largest = np.maximum(self._sizes.max(0), self._round(need[None], bucket)[0])
       self._sizes = np.concatenate([self._sizes, largest[None]])
       fits = (self._sizes >= need).all(-1)
     costs = np.where(fits, self._cost(self._sizes), np.inf)

@@ -212,11 +212,17 @@ def continuation_ids(tokenizer, text):
   SentencePiece-like tokenizers put a space before the first word, which a continuation must not
   have; a line break in front takes it up.
   """
+  return continuations(tokenizer, [text])[0]
+
+
+def continuations(tokenizer, texts):
+  """As `continuation_ids`, of many texts in one call."""
+  if not texts:
+    return []
   anchor = plain_ids(tokenizer, '\n')
-  anchored = plain_ids(tokenizer, '\n' + text)
-  if anchored[:len(anchor)] == anchor:
-    return anchored[len(anchor):]
-  return plain_ids(tokenizer, text)
+  encoded = tokenizer(['\n' + text for text in texts], add_special_tokens=False, verbose=False)
+  return [list(ids[len(anchor):]) if list(ids[:len(anchor)]) == anchor
+          else plain_ids(tokenizer, text) for text, ids in zip(texts, encoded['input_ids'])]
 
 
 def plain_ids(tokenizer, text):

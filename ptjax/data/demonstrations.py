@@ -6,7 +6,6 @@ from ptjax.data import formats
 from ptjax.data import sources
 from ptjax.data import turns as turns_lib
 
-FORMATS = (('prompt', 'completion'), ('messages',))
 TURNS = ('last', 'all')
 
 
@@ -31,13 +30,13 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(), tu
   if turns not in TURNS:
     raise ValueError(f'turns={turns!r}: expected one of {", ".join(TURNS)}')
   rows = sources.as_rows(rows)
-  formats.require(rows, FORMATS, 'demonstrations')
+  formats.require(rows, 'demonstrations')
   reader = examples.Reader(rows, tokenizer, limits=limits, end_ids=end_ids, want=want)
   if turns == 'all' and 'messages' in rows.columns and 'completion' not in rows.columns:
     return _all_turns(reader)
   questions, answers = [], []
   for i, row in enumerate(rows):
-    question, answer = _parts(row)
+    question, answer = last_turn(row)
     if reader.keep(i, question, answer, parts=('prompt', 'completion')):
       questions.append(question)
       answers.append((answer,))
@@ -64,8 +63,11 @@ def _all_turns(reader):
                       names=('completion',), masks=[(one.mask,) for _, one in kept])
 
 
-def _parts(row):
-  """(prompt, completion) of a row, (None, None) where there is no assistant turn."""
+def last_turn(row):
+  """Returns (prompt, completion) of a row: its own, or a conversation split at its last answer.
+
+  (None, None) where no assistant turn is in it.
+  """
   if row.get('completion') is not None or 'messages' not in row:
     return row.get('prompt'), row.get('completion')
   value = row['messages']

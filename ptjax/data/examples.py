@@ -127,6 +127,10 @@ class Reader:
     """Counts a row that is not used."""
     self.dropped[reason] += 1
 
+  def numbers(self, row_ids):
+    """Returns the wanted numbers of some rows: name -> [rows] float32."""
+    return {name: values[row_ids].astype(np.float32) for name, values in self._numbers.items()}
+
   def admit(self, prompts, completions, *, names, masks=None, inputs=None, per_token=None,
             refuse=None):
     """Applies the limits to what was kept.
@@ -173,8 +177,7 @@ class Reader:
 
     chosen = {name: np.asarray([values[place] for place in kept])
               for name, values in (inputs or {}).items()}
-    chosen.update({name: values[row_ids].astype(np.float32)
-                   for name, values in self._numbers.items()})
+    chosen.update(self.numbers(row_ids))
     return Examples(
         prompts=[np.array(ids, np.int32) for ids in prompts],
         completions=[tuple(np.array(ids, np.int32) for ids in group) for group in zip(*columns)],

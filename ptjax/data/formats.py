@@ -14,6 +14,16 @@ from ptjax import config
 _QUESTION_PAIRS = (('answer_matching_behavior', 'answer_not_matching_behavior'),
                    ('response_j', 'response_k'))
 _NUMBER = re.compile(r'-?\d[\d,]*(\.\d+)?')
+# Door -> the sets of columns of which it needs one.
+FORMATS = {
+    'prompts': (('prompt',), ('messages',)),
+    'demonstrations': (('prompt', 'completion'), ('messages',)),
+    'preferences': (('chosen', 'rejected'),),
+    'unpaired': (('prompt', 'completion', 'label'), ('messages', 'label')),
+    'stepwise': (('prompt', 'completions', 'labels'),),
+    'text': (('text',),),
+}
+_DOORS = {'unpaired': 'labelled completions', 'stepwise': 'labelled steps', 'text': 'texts'}
 # Where people keep a prompt or a completion under another name: for the hint in an error.
 _ALIASES = {
     'prompt': ('question', 'query', 'problem', 'instruction', 'input', 'text', 'conversations',
@@ -23,6 +33,7 @@ _ALIASES = {
     'rejected': ('dispreferred', 'loser', 'response_rejected'),
     'completions': ('steps',),
     'labels': ('ratings',),
+    'label': ('labels', 'is_desirable', 'rating'),
     'text': ('content', 'document'),
 }
 # The words that people have for a label.
@@ -94,18 +105,23 @@ def mapping(columns, wanted, name):
   return {ours: _cell(theirs) for ours, theirs in wanted.items()}
 
 
-def require(rows, alternatives, door):
+def fits(rows, door):
+  """Returns whether a data set has the columns a door needs."""
+  return any(set(names) <= set(rows.columns) for names in FORMATS[door])
+
+
+def require(rows, door):
   """Checks that a data set has the columns a door needs.
 
   Args:
     rows: `sources.Rows`.
-    alternatives: tuple of tuples of names; one of them must be there in full.
-    door: what the columns are for, e.g. 'prompts'.
+    door: a key of FORMATS.
   Returns:
-    The first alternative present.
+    The first of the door's formats that is there in full.
   Raises:
     UserError: none is; says what was expected, what was found and how to map it.
   """
+  alternatives = FORMATS[door]
   for names in alternatives:
     if set(names) <= set(rows.columns):
       return names
@@ -116,7 +132,7 @@ def require(rows, alternatives, door):
     known = [alias for alias in _ALIASES.get(name, ()) if alias in rows.columns]
     hints.append(f'--set data.columns.{name}={known[0] if known else "<your column>"}')
   raise config.UserError(
-      f'{rows.name}: {door} need the columns {expected}; found '
+      f'{rows.name}: {_DOORS.get(door, door)} need the columns {expected}; found '
       f'{", ".join(repr(name) for name in rows.columns) or "none"}; map yours with '
       f'{" ".join(hints)}')
 

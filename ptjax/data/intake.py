@@ -13,9 +13,12 @@ class Intake:
   kept: int
   truncated: int  # kept, but shortened
   dropped: dict  # reason -> rows
+  pieces: int | None = None  # that the kept rows were cut into, where they are
 
   def __str__(self):
     text = f'{self.rows} rows: {self.kept} kept'
+    if self.pieces is not None:
+      text += f' as {self.pieces} pieces'
     if self.truncated:
       text += f' ({self.truncated} truncated)'
     if self.dropped:

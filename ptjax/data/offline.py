@@ -134,11 +134,16 @@ def grouped(examples, name, values):
 
 def stacked(values, size):
   """Pads arrays [T] on the right with zeros (False): [B, size], of their own kind."""
-  dtype = {'b': bool, 'i': np.int32, 'u': np.int32}.get(values[0].dtype.kind, np.float32)
-  result = np.zeros((len(values), size), dtype)
+  result = zeros(values[0], (len(values), size))
   for row, value in zip(result, values):
     row[:len(value)] = value
   return result
+
+
+def zeros(like, shape):
+  """Returns zeros of the kind of `like`, as devices have it: bool, int32 or float32."""
+  dtype = {'b': bool, 'i': np.int32, 'u': np.int32}.get(like.dtype.kind, np.float32)
+  return np.zeros(shape, dtype)
 
 
 def flat(values, group_size):

@@ -82,6 +82,10 @@ class Order:
     """Returns the [N] int row numbers of an epoch, in their order."""
     return self._permutation(epoch)
 
+  def generator(self, use, epoch):
+    """Returns a NumPy generator for a further use in an epoch, e.g. to shuffle batches."""
+    return self._rng(epoch, use)
+
   def _draw(self, epoch):
     if self._seed is None:
       return np.arange(self.num_rows)
@@ -115,7 +119,7 @@ class Order:
     middle = rows[head:head + whole]
     window = _WINDOW_BATCHES * size
     parts = [middle[i:i + window] for i in range(0, whole, window)]
-    rng = self._rng(epoch, 1)
+    rng = self.generator(1, epoch)
     # Lengths count a tenth more or less, or a small data set would give the same batches each epoch.
     about = lambda part: self._lengths[part] * rng.uniform(0.9, 1.1, (len(part), 2))
     middle = np.concatenate([part[alike(about(part), size)] for part in parts]).reshape(-1, size)

@@ -8,7 +8,6 @@ from ptjax.data import formats
 from ptjax.data import intake
 from ptjax.data import sources
 
-FORMATS = (('chosen', 'rejected'),)
 _HUMAN, _ASSISTANT = '\n\nHuman:', '\n\nAssistant:'  # of dialogues written as one text
 _ALIKE = 'with chosen and rejected alike'
 _NOTHING_SHARED = 'without a prompt that chosen and rejected share'
@@ -40,7 +39,7 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(),
       that are alike are dropped.
   """
   rows = sources.as_rows(rows)
-  formats.require(rows, FORMATS, 'preferences')
+  formats.require(rows, 'preferences')
   reader = examples.Reader(rows, tokenizer, limits=limits, end_ids=end_ids, want=want)
   own = demonstrations and 'demonstration' in rows.columns
   names = ('chosen', 'rejected') + (('demonstration',) if demonstrations else ())

@@ -13,7 +13,6 @@ from ptjax.data import order
 from ptjax.data import sources
 from ptjax.data import tokenizer as tokenizers
 
-FORMATS = (('prompt',), ('messages',))
 # A reward function has these as arguments of its own.
 _NOT_COLUMNS = ('prompt', 'prompts', 'completions')
 
@@ -56,7 +55,7 @@ class PromptDoor:
     """
     rows = sources.as_rows(rows)
     self._rows = rows
-    self._column, = formats.require(rows, FORMATS, 'prompts')
+    self._column, = formats.require(rows, 'prompts')
     self._group_size = group_size
     self._limit = max_prompt_tokens
     self._fill = tokenizers.pad_id(tokenizer)

@@ -1,4 +1,4 @@
-"""Assembles a run from its config: model, data, rewards, stages; then lets the loop run.
+"""Assembles a run from its config: models, their forward pass, what rollouts are drawn with.
 
 Everything that can be wrong with a config or its files is found here, before the first compile.
 """
@@ -11,32 +11,27 @@ import os
 import re
 from typing import Any, Callable
 
-from absl import logging
 import jax
 import numpy as np
 
-from ptjax import algorithms
 from ptjax import config as settings
 from ptjax import keys
 from ptjax import sharding
+from ptjax import stages
 from ptjax import types
 from ptjax.data import arithmetic
-from ptjax.data import demonstrations
 from ptjax.data import prompts as prompt_door
-from ptjax.data import sources
 from ptjax.data import tokenizer as tokenizers
 from ptjax.evaluation import evaluate as evaluation
-from ptjax.evaluation import tasks
 from ptjax.models import hub
-from ptjax.models import policy as policy_model
 from ptjax.models import presets
 from ptjax.models import transformer
-from ptjax.rewards import combine
 from ptjax.rollout import sampler
-from ptjax.training import algorithm as binding
 from ptjax.training import experience
-from ptjax.training import loop
+from ptjax.training import forward as training_forward
 from ptjax.training import step as training_step
+
+PLACED_ROLES = ('reference', 'teacher')  # models beside the policy that the launcher can place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +48,6 @@ class Policy:
   tokenizer: Any
   stop_ids: tuple[int, ...]
   load: Callable
-
-
-@dataclasses.dataclass(frozen=True)
-class StagePlan:
-  """A stage with all its settings."""
-  stage: loop.Stage
-  row: algorithms.Algorithm
-  optimizer: settings.OptimizerSettings
-  hyperparameters: dict
-  batch_size: int  # of demonstrations
 
 
 def out_dir(config):
@@ -114,20 +99,56 @@ def use_compile_cache(folder):
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
-def load_policy(config):
-  """Finds the policy that `config.model` names; loads no weights yet.
+def load_policies(config, plans):
+  """Finds the models a run needs, by role: 'policy', which trains, and 'teacher'.
 
+  Raises:
+    UserError: a model that is not there, or two that do not go together.
+  """
+  labels = {_num_labels(plan) for plan in plans}
+  if len(labels) > 1:
+    raise settings.UserError(f'--algo={config.algo}: a reward model has no next-token head, so it '
+                             'trains in a run of its own; start it from out_dir/model')
+  policies = {'policy': load_policy(config, num_labels=labels.pop())}
+  if any('teacher' in plan.row.models for plan in plans) and config.teacher is not None:
+    policies['teacher'] = _load_teacher(config, policies['policy'])
+  return policies
+
+
+def _num_labels(plan):
+  """Outputs of the score head a stage trains; 0 for language models."""
+  outputs = training_step.model_outputs(plan.bind().loss)
+  return 2 if 'step_logits' in outputs else 1 if 'scores' in outputs else 0
+
+
+def _load_teacher(config, policy):
+  teacher = load_policy(dataclasses.replace(config, model=config.teacher))
+  if teacher.config.vocab_size != policy.config.vocab_size:
+    raise settings.UserError(
+        f'--teacher={config.teacher}: its vocabulary has {teacher.config.vocab_size} tokens, the '
+        f'model\'s {policy.config.vocab_size}; distillation by probabilities needs the same one '
+        '(seqkd learns from the teacher\'s text and does not)')
+  return teacher
+
+
+def load_policy(config, *, num_labels=0):
+  """Finds the model that `config.model` names; loads no weights yet.
+
+  Args:
+    config: config.Config.
+    num_labels: outputs of a score head; 0 for a language model.
   Raises:
     UserError: neither a preset, nor a model directory, nor a hub name.
   """
-  dtypes = {'dtype': config.model_settings.dtype, 'param_dtype': config.model_settings.param_dtype}
+  dtypes = {'dtype': config.model_settings.dtype, 'param_dtype': config.model_settings.param_dtype,
+            **({'num_labels': num_labels} if num_labels else {})}
+  key = keys.stream(config.seed, 'init')
   if config.model in presets.names():
     task = config.dataset.partition(':')[0].partition('@')[0]
     alphabet = arithmetic.ALPHABET if task == 'arithmetic' else tokenizers.PRINTABLE
     tokenizer = tokenizers.characters(alphabet)
     sizes = {'vocab_size': len(tokenizer)} if config.model == settings.Config.model else {}
     model = presets.get(config.model, **sizes, **dtypes)
-    key = keys.stream(config.seed, 'init')
 
     def init(shardings):
       make = functools.partial(transformer.init, model)
@@ -142,180 +163,53 @@ def load_policy(config):
       config.model, model, shardings=shardings))
 
 
-def stage_plans(config):
-  """Returns the stages of a run: a supervised warm start where asked for, then the algorithm."""
-  row = algorithms.get(config.algo)
-  plans, first = [], 0
-  if config.warm_start.steps and row.door == 'prompts':
-    plans.append(StagePlan(
-        stage=loop.Stage('sft', 0, 0, config.warm_start.steps), row=algorithms.get('sft'),
-        optimizer=dataclasses.replace(
-            config.optimizer, learning_rate=config.warm_start.learning_rate),
-        hyperparameters={}, batch_size=config.warm_start.batch_size))
-    first = config.warm_start.steps
-  hyperparameters = dict(config.loss)
-  if 'max_completion_tokens' in row.hyperparameters():  # Dr. GRPO's divisor is the sampler's limit
-    hyperparameters.setdefault('max_completion_tokens', config.rollout.max_completion_tokens)
-  plans.append(StagePlan(
-      stage=loop.Stage(row.name, len(plans), first, config.training.steps), row=row,
-      optimizer=config.optimizer, hyperparameters=hyperparameters,
-      batch_size=config.training.batch_size))
-  return plans
-
-
-def check(config, plans, model, mesh):
+def check(plans, model, mesh):
   """Raises UserError for what cannot work, before anything is compiled."""
   parts = sharding.batch_size(mesh)
   for plan in plans:
-    if plan.row.door not in ('prompts', 'demonstrations'):
-      raise settings.UserError(
-          f'--algo={plan.row.name}: its data door, {plan.row.door}, is not open in the launcher '
-          'yet; the loss itself is a function in ptjax.losses')
-    missing = set(plan.row.models) - {'reference'}
+    config = plan.config
+    # Judges and reward models score completions as rewards do; offline they left columns.
+    missing = set(plan.row.models) - {*PLACED_ROLES, 'judge', 'reward_model'}
     if missing:
       raise settings.UserError(f'--algo={plan.row.name}: needs a {", ".join(sorted(missing))}, '
                                'which the launcher cannot place yet')
-    _check_inputs(plan)
-    if plan.row.door == 'prompts':
+    if 'teacher' in plan.row.models and config.teacher is None:
+      raise settings.UserError(f'--algo={plan.row.name}: needs a teacher; name one with '
+                               '--teacher=DIR')
+    stages.check_inputs(plan)
+    if plan.online:
       at_once = config.rollout.num_prompts // (
           config.training.mini_batches * config.training.micro_batches)
       name = 'rollout.num_prompts / (training.mini_batches x training.micro_batches)'
       if plan.row.advantage is not None and config.rollout.group_size < 2:
         _try_group_of_one(plan)
     else:
-      micro = config.training.micro_batches if plan is plans[-1] else 1
-      at_once, name = plan.batch_size / micro, 'batch_size / training.micro_batches'
+      at_once = config.training.batch_size / config.training.micro_batches
+      name = 'training.batch_size / training.micro_batches'
     if at_once % parts:
       raise settings.UserError(
           f'{name} = {at_once:g} does not split over data x fsdp = {parts} devices '
           f'(mesh {dict(mesh.shape)}); make it a multiple of {parts}, or change --mesh')
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    if model.position == 'learned' and longest > model.max_length:
+      raise settings.UserError(
+          f'data.max_prompt_tokens + rollout.max_completion_tokens = {longest}, but the model has '
+          f'{model.max_length} positions; lower one of them')
   tensor = mesh.shape['tensor']
   if model.num_kv_heads % tensor:
     raise settings.UserError(f'--mesh: tensor={tensor} does not divide the model\'s '
                              f'{model.num_kv_heads} key/value heads')
-  longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
-  if model.position == 'learned' and longest > model.max_length:
-    raise settings.UserError(
-        f'data.max_prompt_tokens + rollout.max_completion_tokens = {longest}, but the model has '
-        f'{model.max_length} positions; lower one of them')
-
-
-def _check_inputs(plan):
-  """Raises UserError for a hyperparameter or an array that loss or advantage cannot have."""
-  bound = binding.bind(plan.row, plan.hyperparameters)
-  to_loss = {*training_step.MODEL_OUTPUTS, 'loss_mask', 'old_log_probs', 'loss_state', 'key'}
-  recorded = {'loss_mask', 'rollout_log_probs', 'old_log_probs', 'reference_log_probs'}
-  if plan.row.door == 'prompts':
-    to_loss |= recorded | {'advantages'}
-  for function, offered in ((bound.loss, to_loss),
-                            (bound.estimator, recorded | {'rewards', 'group_size'})):
-    required = training_step.required_inputs(function) if function else ()
-    missing = [name for name in required if name not in offered]
-    if missing:
-      raise settings.UserError(
-          f'--algo={plan.row.name}: {_name(function)} needs {", ".join(missing)}, but from '
-          f'{plan.row.door} it gets only {", ".join(sorted(offered))}; a hyperparameter needs a '
-          'default')
-
-
-def _name(function):
-  return getattr(function, 'func', function).__name__
 
 
 def _try_group_of_one(plan):
   """Raises UserError if the advantage needs other completions to compare with."""
   try:
     experience.estimate_advantages(
-        binding.bind(plan.row, plan.hyperparameters).estimator, np.zeros(2), np.ones(2, bool),
+        plan.bind().estimator, np.zeros(2), np.ones(2, bool),
         group_size=1, loss_mask=np.ones((2, 1), bool), old_log_probs=np.zeros((2, 1)),
         reference_log_probs=np.zeros((2, 1)))
   except ValueError as error:
     raise settings.UserError(f'rollout.group_size=1: {error}') from None
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-  """What a run reads.
-
-  Attributes:
-    prompts: PromptDoor of the online stage, or None.
-    demonstrations: stage index -> DemonstrationDoor.
-    rewards: RewardSet (of the online stage), or None.
-    evaluation: evaluation.tasks.EvalTask, or None.
-  """
-  prompts: Any
-  demonstrations: dict
-  rewards: Any
-  evaluation: Any
-
-
-def load_data(config, plans, policy):
-  """Opens the doors that the stages need, the rewards and the evaluation rows.
-
-  Raises:
-    UserError: what is wrong with a file, a column, a reward or a tokenizer.
-  """
-  rows = sources.load(config.dataset, columns=config.data.columns, limit=config.data.limit,
-                      seed=config.seed)
-  prompts, rewards, doors = None, None, {}
-  limits = {'max_prompt_tokens': config.data.max_prompt_tokens, 'overlong': config.data.overlong,
-            'seed': config.seed}
-  for plan in plans:
-    if plan.row.door == 'prompts':
-      prompts = prompt_door.PromptDoor(
-          rows, policy.tokenizer, num_prompts=config.rollout.num_prompts,
-          group_size=config.rollout.group_size, **limits)
-      intake = prompts.intake
-    else:
-      shown = rows
-      if plan is not plans[-1] and config.warm_start.dataset is not None:
-        shown = sources.load(config.warm_start.dataset, seed=config.seed)
-      door = demonstrations.DemonstrationDoor(
-          shown, policy.tokenizer, batch_size=plan.batch_size, end_ids=policy.stop_ids,
-          max_completion_tokens=config.rollout.max_completion_tokens, **limits)
-      doors[plan.stage.index], intake = door, door.intake
-    say = logging.warning if intake.dropped or intake.truncated else logging.info
-    say('%s: %s', plan.stage.name, intake)
-  task = task_of(config.dataset, rows)
-  if prompts is not None:
-    specs = config.reward or combine.default_specs(task)
-    if not specs:
-      raise settings.UserError(
-          f'--dataset={config.dataset} is no task with a reward of its own; name one, e.g. '
-          '--reward=path/to/file.py:function')
-    rewards = combine.load(specs, config.rewards.on_error,
-                           timeout_seconds=config.rewards.timeout_seconds,
-                           workers=config.rewards.workers,
-                           function_timeout_seconds=config.rewards.function_timeout_seconds)
-    rewards.check_columns([*(name for name in rows.columns if name != 'prompt'),
-                           'completion_ids'])
-  return Data(prompts, doors, rewards, _evaluation_task(config, task, rewards))
-
-
-def _evaluation_task(config, task, rewards):
-  """The rows to evaluate on: those asked for, or a built-in task's own held-out ones."""
-  name = config.eval.dataset
-  if name is None:
-    if config.dataset.partition(':')[0].partition('@')[0] not in sources.TASKS:
-      return None
-    name = config.dataset.partition('@')[0] + '@test'
-  rows = sources.load(name, columns=config.data.columns, limit=config.eval.limit, seed=config.seed)
-  kind = task_of(name, rows) or task
-  if kind is not None:
-    return tasks.make(kind, rows)
-  if rewards is None:
-    raise settings.UserError(f'--eval_dataset={name}: no answers to compare with; expected rows '
-                             'with an `answer` column, as arithmetic, GSM8K or MATH have')
-  return tasks.rewarded('held_out', rows, rewards)
-
-
-def task_of(name, rows):
-  """Returns which built-in task `rows` look like: arithmetic, gsm8k, math or None."""
-  if name.partition(':')[0].partition('@')[0] in sources.TASKS:
-    return 'arithmetic'
-  if 'prompt' not in rows.columns or 'answer' not in rows.columns:
-    return None
-  return 'gsm8k' if '####' in str(rows[0]['answer']) else 'math'
 
 
 def sampling_options(config, policy):
@@ -327,12 +221,25 @@ def sampling_options(config, policy):
       stop_strings=rollout.stop_strings, group_size=rollout.group_size)
 
 
-def make_forward(model, temperature, remat):
-  """Returns `forward(params, prompt_tokens, prompt_lengths, tokens) -> outputs` of the policy."""
-  def forward(params, prompt_tokens, prompt_lengths, tokens):
-    return policy_model.log_probs(model, params, prompt_tokens, prompt_lengths, tokens,
-                                  temperature=temperature, remat=remat)
-  return forward
+def make_forward(plan, policies, *, role='policy'):
+  """Returns `forward(params, frozen, batch) -> outputs` of a stage.
+
+  Args:
+    plan: stages.StagePlan.
+    policies: role -> Policy.
+    role: 'policy' for what trains, with all outputs its loss reads; 'reference' or 'teacher' for
+      the log-probs of a whole, frozen model.
+  """
+  config, bound = plan.config, plan.bind()
+  if role != 'policy':
+    model = policies['policy' if role == 'reference' else role].config
+    return training_forward.make_forward(model, temperature=plan.temperature)
+  teacher = policies.get('teacher')
+  return training_forward.make_forward(
+      policies['policy'].config, outputs=training_step.model_outputs(bound.loss),
+      temperature=plan.temperature, remat=config.model_settings.remat,
+      lora_scale=config.lora.scale if config.lora.rank else None,
+      teacher=None if teacher is None else teacher.config, divergence=bound.divergence)
 
 
 def make_generate(config, policy, mesh):

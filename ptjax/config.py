@@ -77,9 +77,14 @@ class DataSettings:
   limit: int | None = None  # rows read at most
   max_prompt_tokens: int = 512
   overlong: str = 'drop'  # what to do with a longer prompt: drop, truncate (its left end) or error
+  turns: str = 'last'  # of conversations to imitate: the last assistant turn, or all of them
+  packing: bool = True  # demonstrations: rows of several whole examples, without padding
+  packed_tokens: int | None = None  # width of such rows; None: enough for the longest example
+  reference_cache: str | None = 'auto'  # folder of reference log-probs; auto: beside the data
 
   def __post_init__(self):
     _choice('data.overlong', self.overlong, ('drop', 'truncate', 'error'))
+    _choice('data.turns', self.turns, ('last', 'all'))
     _positive('data.max_prompt_tokens', self.max_prompt_tokens)
 
 
@@ -213,13 +218,15 @@ class EvaluationSettings:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """A whole run."""
-  algo: str = 'grpo'
+  algo: str = 'grpo'  # several, as in sft,dpo, are stages that run one after the other
   model: str = 'tiny'  # preset, Hugging Face directory or hub name
   dataset: str = 'arithmetic'  # task, file, directory or hub name
   reward: tuple[str, ...] = ()  # empty: the task's own
   seed: int = 0
   out_dir: str | None = None  # None: runs/<algo>-<model>-<dataset>-<seed>
   resume: str = 'auto'
+  teacher: str | None = None  # a model, for distillation
+  stages: dict = dataclasses.field(default_factory=dict)  # algo -> {setting: value} of its stage
   mesh: str = ''  # e.g. 'data=1,fsdp=8,tensor=1'; empty: all devices on fsdp
   loss: dict = dataclasses.field(default_factory=dict)  # the loss's own hyperparameters
   model_settings: ModelSettings = ModelSettings()
@@ -320,7 +327,16 @@ def override(config, assignment):
   path, equals, text = assignment.partition('=')
   if not equals:
     raise UserError(f'--set {assignment}: expected key=value, e.g. optimizer.learning_rate=1e-6')
-  return _replace(config, path.strip().split('.'), text, path.strip())
+  return assign(config, path.strip(), text)
+
+
+def assign(config, path, value):
+  """Returns `config` with the setting `a.b` of `path` replaced; text is read by the field's type.
+
+  Raises:
+    UserError: see `override`.
+  """
+  return _replace(config, path.split('.'), value, path)
 
 
 def _replace(node, keys, text, path):
@@ -334,14 +350,20 @@ def _replace(node, keys, text, path):
       inner = ', '.join(f'{path}.{f.name}' for f in dataclasses.fields(value))
       raise UserError(f'--set {path}: a section, not a setting; set one of {inner}')
     new = _replace(value, keys[1:], text, path)
+  elif keys[0] == 'stages':
+    if len(keys) < 3:
+      raise UserError(f'--set {path}: expected stages.<algo>.<setting>=value')
+    stage = {**value.get(keys[1], {}), '.'.join(keys[2:]): text}
+    new = {**value, keys[1]: stage}
   elif field.type is dict:
     if len(keys) != 2:
       raise UserError(f'--set {path}: expected {keys[0]}.<name>=value')
-    new = {**value, keys[1]: text if keys[0] == 'columns' else _literal(text)}
+    as_text = keys[0] == 'columns' or not isinstance(text, str)
+    new = {**value, keys[1]: text if as_text else _literal(text)}
   elif len(keys) > 1:
     raise UserError(f'--set {path}: {keys[0]} is a setting, not a section')
   else:
-    new = parse(text, field.type, path)
+    new = parse(text, field.type, path) if isinstance(text, str) else text
   return dataclasses.replace(node, **{keys[0]: new})
 
 

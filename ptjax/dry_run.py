@@ -22,6 +22,7 @@ from ptjax.rollout import sampler
 from ptjax.training import optimizer as optimizers
 from ptjax.training import state as training_state
 from ptjax.training import step as training_step
+from ptjax.training import trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,39 +72,36 @@ def compile_program(lower, mesh):
       seconds=time.perf_counter() - started)
 
 
-def train_step(config, plan, bound, model, mesh, rows, *, micro_batches):
+def train_step(plan, model, mesh, rows, *, micro_batches):
   """Compiles a stage's train step.
 
   Args:
-    config: config.Config.
-    plan: assembly.StagePlan.
-    bound: training.algorithm.Bound of the plan.
+    plan: stages.StagePlan.
     model: TransformerConfig.
     mesh: the mesh.
     rows: costs.Rows of one optimizer step.
     micro_batches: parts it is computed in.
   """
-  shapes = hub.param_shapes(model)
-  optimizer, schedule = optimizers.make_optimizer(plan.optimizer, plan.stage.steps, shapes)
-  shardings = training_state.shardings(mesh, shapes, optimizer)
-  state = jax.tree.map(
-      _placed, jax.eval_shape(lambda p: training_state.init(p, optimizer), shapes), shardings)
+  bound, lora = plan.bind(), plan.config.lora
+  shapes = trained.shapes(lora, hub.param_shapes(model))
+  optimizer, schedule = optimizers.make_optimizer(plan.config.optimizer, plan.stage.steps, shapes)
+  loss_state = training_step.initial_loss_state(bound.loss)
+  shardings = training_state.shardings(mesh, shapes, optimizer, loss_state)
+  state = jax.tree.map(_placed, jax.eval_shape(
+      lambda p: training_state.init(p, optimizer, loss_state), shapes), shardings)
   step = training_step.make_train_step(
-      _forward(config, plan, model), bound.loss, optimizer, schedule=schedule,
+      _forward(plan, model), bound.loss, optimizer, schedule=schedule,
       micro_batches=micro_batches, mesh=mesh, state_sharding=shardings)
   batch = _place_batch(batch_shapes(bound, rows), mesh)
-  return compile_program(lambda: step.lower(state, batch), mesh)
+  frozen = {'base': placed_params(model, mesh)} if lora.rank else {}
+  return compile_program(lambda: step.lower(state, batch, frozen), mesh)
 
 
-def log_prob_step(config, plan, model, mesh, rows):
+def log_prob_step(plan, model, mesh, rows):
   """Compiles the program of old and reference log-probs; `rows` is a whole rollout."""
-  shapes = hub.param_shapes(model)
-  shardings = sharding.tree_sharding(mesh, shapes)
-  step = training_step.make_log_prob_step(
-      _forward(config, plan, model), mesh=mesh, params_sharding=shardings)
-  params = jax.tree.map(_placed, shapes, shardings)
+  step = training_step.make_log_prob_step(_forward(plan, model, role='reference'), mesh=mesh)
   batch = _place_batch(batch_shapes(None, rows), mesh)
-  return compile_program(lambda: step.lower(params, batch), mesh)
+  return compile_program(lambda: step.lower(placed_params(model, mesh), batch, {}), mesh)
 
 
 def rollout(model, options, mesh, rows):
@@ -147,10 +145,15 @@ def bytes_per_device(tree):
              * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def placed_params(model, mesh):
+  """The parameters as shapes that know where they lie."""
+  shapes = hub.param_shapes(model)
+  return jax.tree.map(_placed, shapes, sharding.tree_sharding(mesh, shapes))
+
+
 def params_bytes(model, mesh):
   """Bytes of the parameters on one device."""
-  shapes = hub.param_shapes(model)
-  return bytes_per_device(jax.tree.map(_placed, shapes, sharding.tree_sharding(mesh, shapes)))
+  return bytes_per_device(placed_params(model, mesh))
 
 
 class _DrySampler(sampler.Sampler):
@@ -207,9 +210,9 @@ def _on_cpu(mesh):
   return mesh.devices.flat[0].platform == 'cpu'
 
 
-def _forward(config, plan, model):
-  temperature = config.rollout.temperature if plan.row.door == 'prompts' else 1.0
-  return assembly.make_forward(model, temperature, config.model_settings.remat)
+def _forward(plan, model, role='policy'):
+  policy = assembly.Policy(model, None, (), None)
+  return assembly.make_forward(plan, {'policy': policy}, role=role)
 
 
 def _placed(shape, place):

@@ -10,7 +10,7 @@ from ptjax import config as settings
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string('algo', None, "An algorithm's name, or file.py:function; `list` prints all. "
-                    'Default grpo.')
+                    'Several, as in sft,dpo, run one after the other. Default grpo.')
 flags.DEFINE_string('model', None, 'A preset, a Hugging Face directory or a hub name. Default '
                     'tiny: about a million parameters, trained from scratch.')
 flags.DEFINE_string('dataset', None, 'A built-in task, a .jsonl/.json/.csv/.parquet file, a '
@@ -18,6 +18,7 @@ flags.DEFINE_string('dataset', None, 'A built-in task, a .jsonl/.json/.csv/.parq
 flags.DEFINE_multi_string('reward', None, 'A reward by name, or path/to/file.py:function; an '
                           'optional weight after `*`, e.g. length*0.5. Repeatable. Default: the '
                           "task's own.")
+flags.DEFINE_string('teacher', None, 'A model to learn from, for distillation.')
 flags.DEFINE_string('eval_dataset', None, 'Rows to evaluate on. Default: the task\'s own.')
 flags.DEFINE_integer('eval_every', None, 'Optimizer steps between evaluations; 0: before and '
                      'after alone.')
@@ -59,7 +60,7 @@ def resolve(values):
     config = settings.default_for(values['model'] or settings.Config.model,
                                   values['dataset'] or settings.Config.dataset)
   direct = {name: values[name] for name in
-            ('algo', 'model', 'dataset', 'seed', 'out_dir', 'resume', 'mesh')
+            ('algo', 'model', 'dataset', 'teacher', 'seed', 'out_dir', 'resume', 'mesh')
             if values[name] is not None}
   if values['reward']:
     direct['reward'] = tuple(values['reward'])

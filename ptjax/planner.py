@@ -18,15 +18,15 @@ import jax.numpy as jnp
 
 from ptjax import assembly
 from ptjax import config as settings
+from ptjax import doors
 from ptjax import dry_run
 from ptjax import sharding
-from ptjax.data import demonstrations
-from ptjax.data import prompts as prompt_door
+from ptjax import stages
 from ptjax.data import sources
 from ptjax.models import costs
 from ptjax.models import hub
 from ptjax.models import presets
-from ptjax.training import algorithm as binding
+from ptjax.training import step as training_step
 
 # Hub models whose shape is known without fetching anything.
 KNOWN_SHAPES = {
@@ -143,14 +143,11 @@ def estimate(config, mesh):
   Raises:
     UserError: see `plan`.
   """
-  plans = assembly.stage_plans(config)
+  plans = stages.stage_plans(config)
   model = model_shape(config)
-  assembly.check(config, plans, model, mesh)
-  bounds = [binding.bind(plan.row, plan.hyperparameters,
-                         updates_per_rollout=_updates(config, plan)) for plan in plans]
-  rows = [longest_rows(config, plan) for plan in plans]
-  return model, [_stage(config, plan, bound, model, mesh, whole, last=plan is plans[-1])
-                 for plan, bound, whole in zip(plans, bounds, rows)]
+  assembly.check(plans, model, mesh)
+  return model, [_stage(plan, model, mesh, rows)
+                 for plan, rows in zip(plans, [longest_rows(plan) for plan in plans])]
 
 
 def model_shape(config):
@@ -163,30 +160,22 @@ def model_shape(config):
   return hub.load_config(config.model, **dtypes)
 
 
-def longest_rows(config, plan):
+def longest_rows(plan):
   """Returns the padded sizes of the largest batch: the data's, or for hub names the limits.
 
   Raises:
     UserError: what is wrong with a local data set.
   """
-  online = plan.row.door == 'prompts'
-  prompts = config.rollout.num_prompts if online else plan.batch_size
-  group = config.rollout.group_size if online else 1
-  limits = {'max_prompt_tokens': config.data.max_prompt_tokens, 'overlong': config.data.overlong}
+  config = plan.config
+  if plan.online:
+    prompts, group = config.rollout.num_prompts, config.rollout.group_size
+  else:
+    prompts = config.training.batch_size
+    group = training_step.completions_per_prompt(plan.bind().loss)
   width, completion = config.data.max_prompt_tokens, config.rollout.max_completion_tokens
   if _is_local(config):
-    policy = assembly.load_policy(config)
-    rows = sources.load(config.dataset, columns=config.data.columns, limit=config.data.limit,
-                        seed=config.seed)
-    if online:
-      door = prompt_door.PromptDoor(rows, policy.tokenizer, num_prompts=1, **limits)
-      width = door.take(range(len(door))).tokens.shape[1]
-    else:
-      door = demonstrations.DemonstrationDoor(
-          rows, policy.tokenizer, batch_size=1, end_ids=policy.stop_ids,
-          max_completion_tokens=completion, **limits)
-      batch = door.take(range(len(door)))
-      width, completion = batch.prompt_tokens.shape[1], batch.tokens.shape[1]
+    width, longest = doors.longest(plan, assembly.load_policy(config))
+    completion = longest or completion
   return costs.Rows(prompts, width, group, completion)
 
 
@@ -199,17 +188,10 @@ def _is_local(config):
   return known and not on_hub
 
 
-def _updates(config, plan):
-  """Optimizer steps per rollout."""
-  return config.training.mini_batches * config.training.epochs if plan.row.door == 'prompts' else 1
-
-
-def _stage(config, plan, bound, model, mesh, rows, *, last):
+def _stage(plan, model, mesh, rows):
   """Compiles a stage's programs and puts its numbers together."""
-  online = plan.row.door == 'prompts'
-  micro_batches = config.training.micro_batches if last else 1
-  remat = config.model_settings.remat
-  updates = _updates(config, plan)
+  config, bound, online, updates = plan.config, plan.bind(), plan.online, plan.updates_per_rollout
+  remat, micro_batches = config.model_settings.remat, config.training.micro_batches
   batch = rows._replace(prompts=rows.prompts // config.training.mini_batches) if online else rows
   programs, phases, work = {}, {}, []
   if online:  # first, for it finds lengths that the model has no positions for
@@ -224,12 +206,12 @@ def _stage(config, plan, bound, model, mesh, rows, *, last):
       ('old log-probs', bound.needs_old_log_probs and not config.rollout.reuse_log_probs),
       ('reference log-probs', bound.needs_reference)) if needed and online]
   if passes:
-    scoring = programs['log-probs'] = dry_run.log_prob_step(config, plan, compiled, mesh, rows)
+    scoring = programs['log-probs'] = dry_run.log_prob_step(plan, compiled, mesh, rows)
     phases['log-probs'] = {'activations': scoring.temporaries + scoring.outputs}
     work += [Work(name, costs.log_prob_flops(model, rows) / updates, 0,
                   sum(scoring.received.values()) / updates) for name in passes]
   update = programs['update'] = dry_run.train_step(
-      config, plan, bound, compiled, mesh, batch, micro_batches=micro_batches)
+      plan, compiled, mesh, batch, micro_batches=micro_batches)
   params = dry_run.params_bytes(model, mesh)
   resident = {'parameters': params, 'optimizer state, one batch': update.arguments - params}
   if bound.needs_reference:

@@ -17,6 +17,9 @@ from ptjax import config as settings
 from ptjax import keys
 from ptjax import sharding
 from ptjax import types
+from ptjax.pieces import advantage
+from ptjax.rewards import combine
+from ptjax.training import recipes
 
 
 @dataclasses.dataclass
@@ -77,22 +80,25 @@ def estimate_advantages(estimator, rewards, scored, *, group_size, **arrays):
   """Calls an advantage estimator with the arrays it names.
 
   Args:
-    estimator: function of `rewards` [B] and, by name, `group_size` and any of `arrays`.
+    estimator: function of `rewards` [B] and, by name, `group_size` and any of `arrays`; it returns
+      advantages, or a dict of them and of other arrays for the loss.
     rewards: [B] float; what stands where not `scored` is not read.
     scored: [B] bool.
     group_size: completions per prompt.
     **arrays: `loss_mask`, `old_log_probs`, ... [B, T] each.
   Returns:
-    [B] or [B, T] float32, 0 where not scored.
+    Dict of [B] or [B, T] arrays, `advantages` among them: float32, 0 where not scored.
   """
   unknown = np.where(scored, rewards, np.nan).astype(np.float32)  # NaN is no opinion
   offered = {'rewards': jnp.asarray(unknown), 'group_size': group_size, **arrays}
   names = inspect.signature(estimator).parameters
   bound = estimator.keywords if isinstance(estimator, functools.partial) else {}
-  advantages = np.asarray(
-      estimator(**{n: v for n, v in offered.items() if n in names and n not in bound}))
+  found = estimator(**{n: v for n, v in offered.items() if n in names and n not in bound})
+  found = dict(found) if isinstance(found, dict) else {'advantages': found}
+  advantages = np.asarray(found['advantages'])
   keep = scored if advantages.ndim == 1 else scored[:, None]
-  return np.where(keep, advantages, 0.0).astype(np.float32)
+  found['advantages'] = np.where(keep, advantages, 0.0).astype(np.float32)
+  return {name: np.asarray(x) for name, x in found.items()}
 
 
 def assemble(prompts, rollouts, *, scored, mask_truncated=False, reuse_log_probs=False):
@@ -118,7 +124,7 @@ def assemble(prompts, rollouts, *, scored, mask_truncated=False, reuse_log_probs
 def rollout_metrics(table, rollouts, group_size):
   """Reward and length statistics of one rollout, under TRL's names."""
   metrics = {}
-  scored = table.scored
+  scored = table.scored & ~np.isnan(table.total)
   if scored.any():
     grouped = np.where(scored, table.total, np.nan).reshape(-1, group_size)
     grouped = grouped[~np.isnan(grouped).all(1)]
@@ -148,58 +154,57 @@ class Collector:
 
   Attributes:
     door: data.prompts.PromptDoor.
-    sample: the compiled sampler, `(params, prompts, key) -> Rollouts`.
+    samplers: name -> compiled `(params, prompts, key) -> Rollouts`; 'policy' is always there,
+      'greedy' (one completion), 'reference' and 'teacher' where the method needs them.
     tokenizer: a Hugging Face tokenizer.
-    reward_set: rewards.combine.RewardSet.
+    reward_set: rewards.combine.RewardSet, or None where nothing reads rewards.
     estimator: advantage estimator, or None where the loss takes none.
     rollout: RolloutSettings.
     mask_truncated: see `assemble`.
     seed: the run's seed.
-    old_log_probs: `(params, batch) -> [B, T]` where the loss needs them recomputed, else None.
-    reference_log_probs: the same under the frozen reference, else None.
+    log_probs: input's name -> `(params, batch) -> [B, T]`: `old_log_probs`,
+      `reference_log_probs`, `teacher_log_probs`, `old_values`, where the method reads them.
+    recipe: recipes.Recipe; how completions are drawn and the batch arranged.
+    takes_rewards: whether the loss reads the rewards themselves.
     num_samples: completions kept for samples.jsonl.
   """
   door: object
-  sample: object
+  samplers: dict
   tokenizer: object
   reward_set: object
   estimator: object
   rollout: settings.RolloutSettings
   seed: int
   mask_truncated: bool = False
-  old_log_probs: object = None
-  reference_log_probs: object = None
+  log_probs: dict = dataclasses.field(default_factory=dict)
+  recipe: recipes.Recipe = recipes.Recipe()
+  takes_rewards: bool = False
   num_samples: int = 8
 
   def __call__(self, params, index):
     """Collects rollout number `index` under `params`; a pure function of both and the seed."""
     clock = _Clock()
     drawn = self.door.batch(index)
-    prompts = types.Prompts(tokens=drawn.tokens, lengths=drawn.lengths, ids=drawn.ids,
-                            sample_ids=drawn.sample_ids)
-    rollouts = sharding.fetch(
-        self.sample(params, prompts, keys.stream(self.seed, 'rollout', index)))
+    key = keys.stream(self.seed, 'rollout', index)
+    rollouts, known = self.recipe.draw(self.samplers, params, drawn, key)
     clock.lap('rollout')
-    group = self.rollout.group_size
-    repeat = lambda values: [v for v in values for _ in range(group)]
+    group = len(rollouts.tokens) // len(drawn.lengths)
     completions = texts(rollouts, self.tokenizer)
-    prompt_texts = repeat(drawn.texts)
-    columns = {name: repeat(values) for name, values in drawn.columns.items()}
-    columns['completion_ids'] = [
-        row[mask].tolist() for row, mask in zip(rollouts.tokens, rollouts.loss_mask)]
-    table = score(self.reward_set, prompt_texts, completions, columns)
+    table = self._score(drawn, rollouts, completions)
     clock.lap('reward')
-    batch = assemble(prompts, rollouts, scored=table.scored, mask_truncated=self.mask_truncated,
+    batch = assemble(drawn, rollouts, scored=table.scored, mask_truncated=self.mask_truncated,
                      reuse_log_probs=self.rollout.reuse_log_probs)
-    if self.old_log_probs is not None and not self.rollout.reuse_log_probs:
-      batch.inputs['old_log_probs'] = self.old_log_probs(params, batch)
-    if self.reference_log_probs is not None:
-      batch.inputs['reference_log_probs'] = self.reference_log_probs(batch)
+    batch.inputs.update(known)
+    for name, log_probs in self.log_probs.items():
+      batch.inputs[name] = log_probs(params, batch)
+    if self.takes_rewards:
+      batch.inputs['rewards'] = np.where(table.scored, table.total, np.nan).astype(np.float32)
     if self.estimator is not None:
-      arrays = {'old_log_probs': rollouts.log_probs, **batch.inputs}
-      batch.inputs['advantages'] = estimate_advantages(
+      arrays = {'old_log_probs': rollouts.log_probs, **batch.inputs,
+                'reward_components': table.values, **self._baselines(params, drawn, group, key)}
+      batch.inputs.update(estimate_advantages(
           self.estimator, table.total, table.scored, group_size=group,
-          loss_mask=batch.loss_mask, **arrays)
+          loss_mask=batch.loss_mask, **arrays))
     clock.lap('log_probs')
     tokens = int(rollouts.loss_mask.sum())
     metrics = {
@@ -207,11 +212,47 @@ class Collector:
         **{f'rewards/{name}': value for name, value in table.report.items() if value},
         'epoch': self.door.epoch(index),
         'perf/rollout_tokens_per_second': tokens / clock.laps['timing_s/rollout']}
-    return Experience(batch, metrics, self._samples(
-        prompt_texts, completions, table, rollouts, batch))
+    samples = self._samples(_repeat(drawn.texts, group), completions, table, rollouts, batch)
+    return Experience(self.recipe.arrange(batch, table.total, table.scored), metrics, samples)
+
+  def _score(self, drawn, rollouts, completions):
+    """The rewards of completions, prompt-major."""
+    if self.reward_set is None:
+      count = len(completions)
+      return combine.RewardTable(
+          names=(), values=np.zeros((count, 0)), total=np.full(count, np.nan),
+          scored=np.ones(count, bool), report={}, seconds={})
+    group = len(completions) // len(drawn.lengths)
+    columns = {name: _repeat(values, group) for name, values in drawn.columns.items()}
+    columns['completion_ids'] = [
+        row[mask].tolist() for row, mask in zip(rollouts.tokens, rollouts.loss_mask)]
+    return score(self.reward_set, _repeat(drawn.texts, group), completions, columns)
+
+  def _baselines(self, params, drawn, group, key):
+    """What an estimator compares rewards with, if it asks: [B] each.
+
+    `greedy_rewards` (ReMax): those of the prompt's greedy completion. `optimal_values` (A*-PO):
+    of the reference's own samples; without a stored copy they are drawn anew for each rollout.
+    """
+    names = () if self.estimator is None else inspect.signature(self.estimator).parameters
+    found = {}
+    if 'greedy_rewards' in names:
+      greedy = sharding.fetch(self.samplers['greedy'](
+          params, recipes.prompts_of(drawn, 1), key))
+      total = self._score(drawn, greedy, texts(greedy, self.tokenizer)).total
+      found['greedy_rewards'] = np.repeat(total, group).astype(np.float32)
+    if 'optimal_values' in names:
+      own = sharding.fetch(self.samplers['reference'](
+          params, recipes.prompts_of(drawn), jax.random.fold_in(key, 1)))
+      total = self._score(drawn, own, texts(own, self.tokenizer)).total
+      values = advantage.optimal_value(
+          jnp.asarray(total, jnp.float32).reshape(len(drawn.lengths), -1))
+      found['optimal_values'] = np.repeat(np.asarray(values), group)
+    return found
 
   def _samples(self, prompts, completions, table, rollouts, batch):
     count = min(self.num_samples, len(completions))
+    group = len(completions) // len(batch.prompt_lengths)
     lengths = rollouts.loss_mask.sum(1)
     log_probs = {'log_probs': rollouts.log_probs}  # as the sampler saw them
     log_probs.update({name: np.asarray(batch.inputs[name])
@@ -223,11 +264,11 @@ class Collector:
               **{name: x[i][mask].astype(float).round(5).tolist() for name, x in log_probs.items()}}
     return [{
         'prompt': prompts[i], 'completion': completions[i],
-        'reward': float(table.total[i]) if table.scored[i] else None,
+        'reward': float(table.total[i]) if np.isfinite(table.total[i]) else None,
         'rewards': {name: None if np.isnan(v) else float(v)
                     for name, v in zip(table.names, table.values[i])},
         'completion_tokens': int(lengths[i]), 'truncated': bool(rollouts.truncated[i]),
-        'group': i // self.rollout.group_size, **per_token(i),
+        'group': i // group, **per_token(i),
     } for i in range(count)]
 
 
@@ -251,6 +292,10 @@ def mini_batch(batch, *, index, count, seed, rollout, epoch, on_policy):
       return x
     return x.reshape(num_prompts, -1, *x.shape[1:])[chosen].reshape(-1, *x.shape[1:])
   return jax.tree.map(one, batch).replace(on_policy=np.asarray(bool(on_policy)))
+
+
+def _repeat(values, times):
+  return [value for value in values for _ in range(times)]
 
 
 class _Clock:

@@ -7,9 +7,11 @@ micro-batch by micro-batch.
 
 A loss says what it needs by the names of its arguments: model outputs, arrays of the batch, `pair`
 or `side` (types.PairLogProbs, types.SideLogProbs: preference losses), `loss_state` (a running
-statistic; it then returns the new one as a third value) and `key` (a fresh PRNG key).
+statistic; it then returns the new one as a third value) and `key` (a fresh PRNG key). `call` says
+which rows of the batch each name means.
 """
 
+import contextlib
 import functools
 import inspect
 
@@ -21,8 +23,16 @@ from ptjax import keys
 from ptjax import sharding
 from ptjax import types
 
-# What the policy's forward pass offers; a loss asks for one by naming a parameter so.
-MODEL_OUTPUTS = ('log_probs', 'entropy')
+# Model output -> the arguments of a loss that read it; each output has leading dimension B.
+MODEL_OUTPUTS = {
+    'log_probs': ('log_probs', 'pair', 'side', 'mismatched_log_probs', 'demonstration_log_probs'),
+    'entropy': ('entropy',),  # [B, T] nats
+    'sum_squares': ('chosen_sum_squares', 'rejected_sum_squares'),  # [B, T], log of Σ π²
+    'divergence': ('divergence',),  # [B, T] nats, between policy and teacher
+    'values': ('values',),  # [B, T], of a critic
+    'scores': ('chosen_rewards', 'rejected_rewards', 'preference_logits'),  # [B], of a reward head
+    'step_logits': ('step_logits',),  # [B, T, 2], of a process reward head
+}
 
 
 def required_inputs(loss):
@@ -37,12 +47,62 @@ def initial_loss_state(loss):
   return {} if parameter is None else jax.tree.map(jnp.asarray, parameter.default)
 
 
-def attached_outputs(loss):
-  """The model outputs a loss differentiates."""
+def model_outputs(loss):
+  """The model outputs a loss reads, and differentiates."""
   names = set(inspect.signature(loss).parameters)
-  if names & {'pair', 'side'}:
-    names.add('log_probs')
-  return tuple(n for n in MODEL_OUTPUTS if n in names)
+  found = {output for output, arguments in MODEL_OUTPUTS.items() if names & set(arguments)}
+  if 'rewards' in names and 'log_probs' not in found:  # a reward model's, not the environment's
+    found.add('scores')
+  return tuple(output for output in MODEL_OUTPUTS if output in found)
+
+
+def completions_per_prompt(loss, given=()):
+  """How many rows of each prompt the loss tells apart: pairs, mismatched, triples; else 1.
+
+  Args:
+    loss: the loss.
+    given: names of arrays the batch holds by themselves, for which no rows are needed.
+  """
+  names = set(inspect.signature(loss).parameters) - set(given)
+  if 'demonstration_log_probs' in names:
+    return 3
+  return 2 if names & {'pair', 'chosen_rewards', 'mismatched_log_probs'} else 1
+
+
+def offered_arguments(loss, outputs, batch):
+  """Everything a loss can name, but for `loss_state` and `key`.
+
+  Preference rows come prompt by prompt: chosen, rejected (and the demonstration of a triple).
+  Unpaired rows that have a mismatched completion come as own, mismatched. An array of the batch's
+  `inputs` wins over what its rows would give.
+  """
+  names = inspect.signature(loss).parameters
+  step = completions_per_prompt(loss, batch.inputs)
+  of_row = lambda tree, row: jax.tree.map(lambda x: x[row::step], tree)
+  side = types.SideLogProbs(log_probs=outputs.get('log_probs'), loss_mask=batch.loss_mask,
+                            reference_log_probs=batch.inputs.get('reference_log_probs'))
+  offered = {'loss_mask': batch.loss_mask, **outputs}
+  if 'pair' in names:
+    offered['pair'] = types.PairLogProbs(chosen=of_row(side, 0), rejected=of_row(side, 1))
+  if 'side' in names:
+    offered['side'] = of_row(side, 0)
+  for prefix, row in (('mismatched', 1), ('demonstration', 2)):
+    if f'{prefix}_log_probs' in names and step > row:
+      other = of_row(side, row)
+      offered.update({f'{prefix}_log_probs': other.log_probs,
+                      f'{prefix}_loss_mask': other.loss_mask,
+                      f'{prefix}_reference_log_probs': other.reference_log_probs})
+  if 'sum_squares' in outputs:
+    offered['chosen_sum_squares'], offered['rejected_sum_squares'] = (
+        of_row(outputs['sum_squares'], row) for row in (0, 1))
+  if 'scores' in outputs:
+    scores = outputs['scores']
+    offered.update(rewards=scores, preference_logits=scores)
+    if 'ranks' in batch.inputs:
+      offered['rewards'] = scores.reshape(batch.inputs['ranks'].shape)
+    if 'chosen_rewards' in names:
+      offered['chosen_rewards'], offered['rejected_rewards'] = of_row(scores, 0), of_row(scores, 1)
+  return {**offered, **batch.inputs}
 
 
 def call(loss, outputs, batch, *, loss_state=None, key=None):
@@ -50,8 +110,8 @@ def call(loss, outputs, batch, *, loss_state=None, key=None):
 
   Args:
     loss: `loss(log_probs, *, arrays..., hyperparameters...) -> (scalar, metrics[, loss_state])`.
-    outputs: dict of model outputs, [B, T] each.
-    batch: types.TokenBatch; for `pair` its completions come as chosen, rejected, chosen, ...
+    outputs: dict of MODEL_OUTPUTS.
+    batch: types.TokenBatch, rows in the order of `offered_arguments`.
     loss_state: running statistics, None for the loss's initial ones.
     key: PRNG key, needed by losses that draw.
   Returns:
@@ -60,35 +120,27 @@ def call(loss, outputs, batch, *, loss_state=None, key=None):
     ValueError: the loss names an array that is not there.
   """
   names = inspect.signature(loss).parameters
-  offered = {**batch.inputs, 'loss_mask': batch.loss_mask, **outputs}
+  offered = offered_arguments(loss, outputs, batch)
   if loss_state is not None and 'loss_state' in names:
     offered['loss_state'] = loss_state
   if key is not None:
     offered['key'] = key
-  side = types.SideLogProbs(log_probs=outputs.get('log_probs'), loss_mask=batch.loss_mask,
-                            reference_log_probs=batch.inputs.get('reference_log_probs'))
-  if 'pair' in names:
-    offered['pair'] = types.PairLogProbs(
-        chosen=jax.tree.map(lambda x: x[0::2], side),
-        rejected=jax.tree.map(lambda x: x[1::2], side))
-  if 'side' in names:
-    offered['side'] = side
   bound = loss.keywords if isinstance(loss, functools.partial) else {}
-  missing = [n for n in required_inputs(loss) if n not in offered]
+  missing = [n for n in required_inputs(loss) if offered.get(n) is None]
   if missing:
     raise ValueError(f'the loss needs {", ".join(missing)}, but the batch offers only '
-                     f'{", ".join(sorted(offered))}')
+                     f'{", ".join(sorted(k for k, v in offered.items() if v is not None))}')
   result = loss(**{n: offered[n] for n in names if n in offered and n not in bound})
   return result if len(result) == 3 else (*result, loss_state)
 
 
 def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1, seed=0,
                     mesh=None, state_sharding=None):
-  """Returns a compiled `(state, batch) -> (state, metrics)`; `state` is donated.
+  """Returns a compiled `(state, batch, frozen={}) -> (state, metrics)`; `state` is donated.
 
   Args:
-    forward: `forward(params, prompt_tokens, prompt_lengths, tokens) -> outputs`, a dict with
-      the MODEL_OUTPUTS, [B, T] float32 each.
+    forward: `forward(params, frozen, batch) -> outputs`, a dict with the MODEL_OUTPUTS that the
+      loss names; `frozen` holds trees that take part without training (see forward.py).
     loss: a pure loss (see `call`).
     optimizer: optax transformation.
     schedule: `step -> learning rate`, for the metrics alone.
@@ -101,11 +153,8 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
     The step. A loss or gradient that is not finite leaves parameters and optimizer untouched and
     counts in `state.bad_steps`.
   """
-  attached = attached_outputs(loss)
+  attached = model_outputs(loss)
   draws = 'key' in inspect.signature(loss).parameters
-
-  def outputs_of(params, batch):
-    return forward(params, batch.prompt_tokens, batch.prompt_lengths, batch.tokens)
 
   def whole_loss(attached_values, outputs, batch, loss_state, key):
     batch = with_old_log_probs(batch, outputs)
@@ -113,10 +162,10 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
         loss, {**outputs, **attached_values}, batch, loss_state=loss_state, key=key)
     return value, (metrics, loss_state)
 
-  def gradients(params, batch, loss_state, key):
+  def gradients(params, frozen, batch, loss_state, key):
     if micro_batches == 1:
       def objective(params):
-        outputs = outputs_of(params, batch)
+        outputs = forward(params, frozen, batch)
         value, aux = whole_loss({}, outputs, batch, loss_state, key)
         return value, (*aux, outputs)
       (value, (metrics, loss_state, outputs)), grads = jax.value_and_grad(
@@ -124,25 +173,25 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
       return value, metrics, loss_state, outputs, grads
 
     parts = split(batch, micro_batches)
-    _, outputs = jax.lax.scan(lambda _, part: (None, outputs_of(params, part)), None, parts)
+    _, outputs = jax.lax.scan(lambda _, part: (None, forward(params, frozen, part)), None, parts)
     outputs = jax.tree.map(lambda x: join(x, batch), outputs)
     (value, (metrics, loss_state)), cotangents = jax.value_and_grad(whole_loss, has_aux=True)(
-        {n: outputs[n] for n in attached}, outputs, batch, loss_state, key)
+        {n: outputs[n] for n in attached if n in outputs}, outputs, batch, loss_state, key)
     cotangents = split_arrays(cotangents, micro_batches, batch.prompt_lengths.shape[0])
 
     def accumulate(grads, item):
       part, cotangent = item
       _, pull_back = jax.vjp(
-          lambda p: {n: outputs_of(p, part)[n] for n in attached}, params)
+          lambda p: {n: forward(p, frozen, part)[n] for n in cotangent}, params)
       return jax.tree.map(jnp.add, grads, pull_back(cotangent)[0]), None
     grads, _ = jax.lax.scan(
         accumulate, jax.tree.map(jnp.zeros_like, params), (parts, cotangents))
     return value, metrics, loss_state, outputs, grads
 
-  def train_step(state, batch):
+  def train_step(state, batch, frozen):
     key = keys.stream(seed, 'loss', state.step) if draws else None
     value, metrics, loss_state, outputs, grads = gradients(
-        state.params, batch, state.loss_state, key)
+        state.params, frozen, batch, state.loss_state, key)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -161,33 +210,49 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
     return new_state, metrics
 
   if mesh is None:
-    return jax.jit(train_step, donate_argnames='state')
-  jitted = jax.jit(
-      train_step, donate_argnames='state',
-      in_shardings=(state_sharding, None),  # the batch comes placed by `place`
-      out_shardings=(state_sharding, sharding.replicated(mesh)))
+    jitted = jax.jit(train_step, donate_argnames='state')
+  else:
+    jitted = jax.jit(
+        train_step, donate_argnames='state',
+        in_shardings=(state_sharding, None, None),  # batch and frozen trees come placed
+        out_shardings=(state_sharding, sharding.replicated(mesh)))
 
-  def placed_step(state, batch):
-    with sharding.use(mesh):
-      return jitted(state, batch)
+  def placed_step(state, batch, frozen=None):
+    with _within(mesh):
+      return jitted(state, batch, frozen or {})
   placed_step.lower = jitted.lower
   return placed_step
 
 
-def make_log_prob_step(forward, *, mesh=None, params_sharding=None):
-  """Returns a compiled `(params, batch) -> log_probs [B, T]`, for old and reference log-probs."""
-  def log_prob_step(params, batch):
-    return forward(params, batch.prompt_tokens, batch.prompt_lengths, batch.tokens)['log_probs']
-  if mesh is None:
-    return jax.jit(log_prob_step)
-  jitted = jax.jit(log_prob_step, in_shardings=(params_sharding, None),
-                   out_shardings=sharding.batch(mesh))
+def make_log_prob_step(forward, *, mesh=None):
+  """Returns a compiled `(params, batch, frozen={}) -> log_probs [B, T]`, for old and reference."""
+  def log_prob_step(params, batch, frozen):
+    return forward(params, frozen, batch)['log_probs']
+  return _compiled(log_prob_step, mesh, None if mesh is None else sharding.batch(mesh))
 
-  def placed_step(params, batch):
-    with sharding.use(mesh):
-      return jitted(params, batch)
-  placed_step.lower = jitted.lower
-  return placed_step
+
+def make_loss_step(forward, loss, *, mesh=None):
+  """Returns a compiled `(params, batch, loss_state, frozen={}) -> metrics`, for held-out rows."""
+  def loss_step(params, batch, loss_state, frozen):
+    outputs = forward(params, frozen, batch)
+    key = keys.stream(0, 'held_out', 0) if 'key' in inspect.signature(loss).parameters else None
+    value, metrics, _ = call(loss, outputs, with_old_log_probs(batch, outputs),
+                             loss_state=loss_state, key=key)
+    return {**metrics, **batch_metrics(outputs, batch), 'loss': value}
+  return _compiled(loss_step, mesh, None if mesh is None else sharding.replicated(mesh))
+
+
+def _compiled(function, mesh, out):
+  jitted = jax.jit(function) if mesh is None else jax.jit(function, out_shardings=out)
+  def run(params, batch, *arrays, frozen=None):
+    with _within(mesh):
+      return jitted(params, batch, *arrays, frozen or {})
+  run.lower = jitted.lower
+  return run
+
+
+def _within(mesh):
+  return contextlib.nullcontext() if mesh is None else sharding.use(mesh)
 
 
 def place(batch, mesh):
@@ -205,6 +270,8 @@ def with_old_log_probs(batch, outputs):
   no extra forward pass is paid. Afterwards they are those recomputed before the first update or,
   with `rollout.reuse_log_probs`, from the start, those of the sampler.
   """
+  if 'log_probs' not in outputs:  # a reward model's
+    return batch
   own = jax.lax.stop_gradient(outputs['log_probs'])
   recorded = batch.inputs.get('old_log_probs', batch.inputs.get('rollout_log_probs'))
   old = own if recorded is None else jnp.where(batch.on_policy, own, recorded)
@@ -222,7 +289,9 @@ def batch_metrics(outputs, batch):
   """
   mask = batch.loss_mask
   count = jnp.maximum(mask.sum(), 1)
-  metrics = {'entropy': jnp.where(mask, outputs['entropy'], 0.0).sum() / count}
+  metrics = {}
+  if 'entropy' in outputs:
+    metrics['entropy'] = jnp.where(mask, outputs['entropy'], 0.0).sum() / count
   rollout = batch.inputs.get('rollout_log_probs')
   if rollout is None and 'likeliest' in outputs:
     metrics['mean_token_accuracy'] = (mask & outputs['likeliest']).sum() / count

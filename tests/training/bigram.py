@@ -18,6 +18,7 @@ def outputs(logits, tokens):
           'entropy': -(jnp.exp(log_softmax) * log_softmax).sum(-1)}
 
 
-def forward(params, prompt_tokens, prompt_lengths, tokens):
-  previous = previous_tokens(prompt_tokens, prompt_lengths, tokens)
-  return outputs(params['embed']['embedding'][previous], tokens)
+def forward(params, frozen, batch):
+  del frozen
+  previous = previous_tokens(batch.prompt_tokens, batch.prompt_lengths, batch.tokens)
+  return outputs(params['embed']['embedding'][previous], batch.tokens)

@@ -80,7 +80,7 @@ def make_inputs():
 
 LOSS_MASK, INPUTS = make_inputs()
 BLOCKED = ('old_log_probs', 'rollout_log_probs')  # the step itself reads these beside the outputs
-OFFERED = {*INPUTS, *training_step.MODEL_OUTPUTS, 'loss_mask', 'pair', 'side', 'key'}
+OFFERED = {*INPUTS, 'log_probs', 'entropy', 'loss_mask', 'pair', 'side', 'key'}
 
 
 def can_run(row):
@@ -126,11 +126,12 @@ def joint_loss(names):
   return loss
 
 
-def forward(params, prompt_tokens, prompt_lengths, tokens):
+def forward(params, frozen, batch):
   """One bigram model per block."""
+  del frozen
   models = params['embed']['embedding']  # [R, V, V]
-  first = tokens[:, :T]  # all blocks hold the same tokens
-  previous = bigram.previous_tokens(prompt_tokens, prompt_lengths, first)
+  first = batch.tokens[:, :T]  # all blocks hold the same tokens
+  previous = bigram.previous_tokens(batch.prompt_tokens, batch.prompt_lengths, first)
   found = jax.vmap(lambda model: bigram.outputs(model[previous], first), out_axes=1)(models)
   return jax.tree.map(lambda x: x.reshape(len(x), -1), found)
 

@@ -103,8 +103,7 @@ def test_gradient_flows_through_log_probs_only_once():
   new, _ = take_step(ratio_loss, make_batch())
   batch = make_batch()
   def expected(params):
-    log_probs = forward(params, batch.prompt_tokens, batch.prompt_lengths,
-                        batch.tokens)['log_probs']
+    log_probs = forward(params, {}, batch)['log_probs']
     weights = jnp.where(batch.loss_mask, batch.inputs['advantages'][:, None], 0.0)
     return -(weights * log_probs).sum() / batch.loss_mask.sum()
   grads = jax.grad(expected)(make_params())
@@ -130,8 +129,7 @@ def test_a_bad_batch_changes_nothing_and_is_counted():
 
 def test_gap_between_sampler_and_trainer_is_measured():
   batch = make_batch()
-  exact = forward(make_params(), batch.prompt_tokens, batch.prompt_lengths,
-                  batch.tokens)['log_probs']
+  exact = forward(make_params(), {}, batch)['log_probs']
   shifted = np.asarray(exact).copy()
   shifted[3, 0] += 0.25
   _, metrics = take_step(ratio_loss, make_batch(rollout_log_probs=shifted))
@@ -196,7 +194,6 @@ def test_pairs_running_statistics_and_keys_reach_the_loss():
     results.append(seen)
   assert results[0][0][0] != results[0][1][0] and results[0][0][1] != results[0][1][1]
   np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
-  log_probs = forward(make_params(), batch.prompt_tokens, batch.prompt_lengths,
-                      batch.tokens)['log_probs']
+  log_probs = forward(make_params(), {}, batch)['log_probs']
   sums = jnp.where(batch.loss_mask, log_probs, 0.0).sum(-1)
   np.testing.assert_allclose(results[0][0][0], 0.5 * (sums[0::2] - sums[1::2]).mean(), rtol=1e-5)

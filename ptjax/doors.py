@@ -1,0 +1,182 @@
+"""Opens what a run reads: the door of each stage, rewards, rows to evaluate on."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+from absl import logging
+
+from ptjax import config as settings
+from ptjax import stages
+from ptjax.data import batching
+from ptjax.data import demonstrations
+from ptjax.data import examples
+from ptjax.data import formats
+from ptjax.data import offline as offline_door
+from ptjax.data import packing
+from ptjax.data import plain_text
+from ptjax.data import preferences
+from ptjax.data import prompts as prompt_door
+from ptjax.data import sources
+from ptjax.data import stepwise
+from ptjax.data import tokenizer as tokenizers
+from ptjax.data import unpaired
+from ptjax.evaluation import tasks
+from ptjax.rewards import combine
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What a run reads.
+
+  Attributes:
+    doors: stage index -> PromptDoor, OfflineDoor or PackedDoor.
+    held_out: stage index -> OfflineDoor of held-out rows, for offline stages that have some.
+    rewards: RewardSet (of the online stages), or None.
+    evaluation: evaluation.tasks.EvalTask, or None.
+  """
+  doors: dict
+  held_out: dict
+  rewards: Any
+  evaluation: Any
+
+
+def load_data(config, plans, policy, *, parts=1):
+  """Opens the doors that the stages need, the rewards and the evaluation rows.
+
+  Raises:
+    UserError: what is wrong with a file, a column, a reward or a tokenizer.
+  """
+  doors, held_out, rewards, task = {}, {}, None, None
+  for plan in plans:
+    rows = load_rows(plan.config)
+    door = load_door(plan, policy, rows, parts=parts)
+    doors[plan.stage.index] = door
+    say = logging.warning if door.intake.dropped or door.intake.truncated else logging.info
+    say('%s: %s', plan.stage.name, door.intake)
+    task = task_of(plan.config.dataset, rows)
+    if plan.online and rewards is None and stages.reads_rewards(plan):
+      rewards = _load_rewards(plan.config, task, rows)
+    if not plan.online:
+      held_out[plan.stage.index] = _load_held_out(plan, policy)
+  return Data(doors, {k: v for k, v in held_out.items() if v is not None}, rewards,
+              _evaluation_task(config, task, rewards))
+
+
+def load_rows(config):
+  """Loads the rows of a config's data set."""
+  return sources.load(config.dataset, columns=config.data.columns, limit=config.data.limit,
+                      seed=config.seed)
+
+
+def load_door(plan, policy, rows, *, parts=1):
+  """Opens the door of a stage on `rows`; `parts` is into how many a batch is split over devices."""
+  config = plan.config
+  if plan.online:
+    return prompt_door.PromptDoor(
+        rows, policy.tokenizer, num_prompts=config.rollout.num_prompts,
+        group_size=config.rollout.group_size, max_prompt_tokens=config.data.max_prompt_tokens,
+        overlong=config.data.overlong, seed=config.seed)
+  found = _read_examples(plan, policy, rows)
+  batch = {'batch_size': config.training.batch_size, 'seed': config.seed,
+           'fill': tokenizers.pad_id(policy.tokenizer)}
+  if plan.packs:
+    return packing.PackedDoor(found, tokens=config.data.packed_tokens,
+                              multiple=parts * config.training.micro_batches, **batch)
+  return offline_door.OfflineDoor(found, **batch)
+
+
+def longest(plan, policy):
+  """Returns the longest prompt and, of offline stages, completion; None for what is sampled."""
+  rows = load_rows(plan.config)
+  if plan.online:
+    door = load_door(plan, policy, rows)
+    return door.take(range(len(door))).tokens.shape[1], None
+  prompts, completions = _read_examples(plan, policy, rows).lengths()
+  return batching.bucket(int(prompts.max())), batching.bucket(int(completions.max()))
+
+
+def _read_examples(plan, policy, rows):
+  """Reads the examples of an offline stage."""
+  config, loss = plan.config, plan.bind().loss
+  names = set(inspect.signature(loss).parameters)
+  arguments = {
+      'limits': examples.Limits(max_prompt_tokens=config.data.max_prompt_tokens,
+                                max_completion_tokens=config.rollout.max_completion_tokens,
+                                overlong=config.data.overlong),
+      'want': stages.wanted_columns(plan), 'end_ids': policy.stop_ids}
+  door = plan.row.door
+  if door == 'text':
+    return plain_text.read(rows, policy.tokenizer, **arguments)
+  if door == 'preferences':
+    return preferences.read(rows, policy.tokenizer,
+                            demonstrations='demonstration_log_probs' in names, **arguments)
+  if door == 'unpaired':
+    return unpaired.read(rows, policy.tokenizer, mismatched='mismatched_log_probs' in names,
+                         **arguments)
+  if door == 'stepwise':
+    return stepwise.read(rows, policy.tokenizer, **arguments)
+  columns = set(rows.columns)
+  if 'chosen' in columns and not columns & {'completion', 'messages'}:
+    pairs = preferences.read(rows, policy.tokenizer, **arguments)  # what was chosen is worth imitating
+    return dataclasses.replace(pairs, completions=[group[:1] for group in pairs.completions])
+  return demonstrations.read(rows, policy.tokenizer, turns=config.data.turns, **arguments)
+
+
+def _load_held_out(plan, policy):
+  """The door of the evaluation rows, if there are any and they have the stage's columns."""
+  config = plan.config
+  name = config.eval.dataset
+  if name is None and config.dataset.partition(':')[0].partition('@')[0] in sources.TASKS:
+    name = config.dataset.partition('@')[0] + '@test'
+  if name is None:
+    return None
+  rows = sources.load(name, columns=config.data.columns, limit=config.eval.limit, seed=config.seed)
+  try:
+    formats.require(rows, plan.row.door)
+  except settings.UserError:
+    return None  # rows for a task, not for this loss
+  found = _read_examples(plan, policy, rows)
+  return offline_door.OfflineDoor(
+      found, batch_size=config.training.batch_size, seed=None,
+      fill=tokenizers.pad_id(policy.tokenizer), name='held_out')
+
+
+def _load_rewards(config, task, rows):
+  specs = config.reward or combine.default_specs(task)
+  if not specs:
+    raise settings.UserError(
+        f'--dataset={config.dataset} is no task with a reward of its own; name one, e.g. '
+        '--reward=path/to/file.py:function')
+  rewards = combine.load(specs, config.rewards.on_error,
+                         timeout_seconds=config.rewards.timeout_seconds,
+                         workers=config.rewards.workers,
+                         function_timeout_seconds=config.rewards.function_timeout_seconds)
+  rewards.check_columns([*(name for name in rows.columns if name != 'prompt'), 'completion_ids'])
+  return rewards
+
+
+def _evaluation_task(config, task, rewards):
+  """The rows to evaluate on: those asked for, or a built-in task's own held-out ones."""
+  name = config.eval.dataset
+  if name is None:
+    if config.dataset.partition(':')[0].partition('@')[0] not in sources.TASKS:
+      return None
+    name = config.dataset.partition('@')[0] + '@test'
+  rows = sources.load(name, columns=config.data.columns, limit=config.eval.limit, seed=config.seed)
+  kind = task_of(name, rows) or task
+  if kind is not None:
+    return tasks.make(kind, rows)
+  if rewards is None:
+    raise settings.UserError(f'--eval_dataset={name}: no answers to compare with; expected rows '
+                             'with an `answer` column, as arithmetic, GSM8K or MATH have')
+  return tasks.rewarded('held_out', rows, rewards)
+
+
+def task_of(name, rows):
+  """Returns which built-in task `rows` look like: arithmetic, gsm8k, math or None."""
+  if name.partition(':')[0].partition('@')[0] in sources.TASKS:
+    return 'arithmetic'
+  if 'prompt' not in rows.columns or 'answer' not in rows.columns:
+    return None
+  return 'gsm8k' if '####' in str(rows[0]['answer']) else 'math'

@@ -1,0 +1,226 @@
+"""One stage made ready to train: its state, frozen trees, batches, step and evaluation."""
+
+import dataclasses
+import functools
+import inspect
+import os
+
+import jax
+import jax.numpy as jnp
+
+from ptjax import assembly
+from ptjax import keys
+from ptjax import reference
+from ptjax import sharding
+from ptjax.data import log_prob_cache
+from ptjax.models import hub
+from ptjax.rollout import sampler
+from ptjax.training import experience
+from ptjax.training import held_out
+from ptjax.training import offline
+from ptjax.training import online
+from ptjax.training import optimizer as optimizers
+from ptjax.training import recipes
+from ptjax.training import state as training_state
+from ptjax.training import step as training_step
+from ptjax.training import trained
+
+
+class StageRun:
+  """What a stage trains with.
+
+  Args:
+    plan: stages.StagePlan.
+    policies: role -> assembly.Policy; 'policy' is the one that trains.
+    data: assembly.Data.
+    mesh: the mesh.
+    folder: pathlib.Path of the run.
+  """
+
+  def __init__(self, plan, policies, data, mesh, folder):
+    self.plan = plan
+    self._config = plan.config
+    self._policies, self._policy = policies, policies['policy']
+    self._data, self._mesh = data, mesh
+    self._folder = folder / 'reference' / str(plan.stage.index)
+    self.bound = plan.bind()
+    shapes = hub.param_shapes(self._policy.config)
+    self._whole_shapes = _with_shardings(shapes, sharding.tree_sharding(mesh, shapes))
+    self._shapes = trained.shapes(self._config.lora, shapes)
+    self._optimizer, self._schedule = optimizers.make_optimizer(
+        self._config.optimizer, plan.stage.steps, self._shapes)
+    self._loss_state = training_step.initial_loss_state(self.bound.loss)
+    self._shardings = training_state.shardings(
+        mesh, self._shapes, self._optimizer, self._loss_state)
+    self._frozen = {}
+    self._start = None  # the model as the stage found it, where something still reads it
+    merge = functools.partial(trained.whole, self._config.lora)
+    self._merge = jax.jit(merge, out_shardings=sharding.tree_sharding(mesh, shapes))
+    self._forward = assembly.make_forward(plan, policies)
+
+  # --- state
+
+  def targets(self):
+    """Shapes and shardings of the state that this stage's checkpoints hold."""
+    return _with_shardings(jax.eval_shape(self._init, self._shapes), self._shardings)
+
+  def begin(self, params):
+    """Returns the state before the first step, from the model's parameters (or None: load them)."""
+    if params is None:
+      params = self._policy.load(self._place)
+    if self._keeps_start:
+      reference.save_params(self._folder / 'params', params)
+    self._load_frozen()
+    self._attach_reference(params)
+    lora = self._config.lora
+    key = keys.stream(self._config.seed, 'lora', self.plan.stage.index)
+    if lora.rank:
+      self._start = params
+      self._frozen['base'] = params
+      params = jax.jit(lambda p, k: trained.start(lora, p, k)[0],
+                       out_shardings=self._shardings.params)(params, key)
+    elif self._keeps_start:
+      self._start = jax.tree.map(jnp.copy, params)
+    return jax.jit(self._init, out_shardings=self._shardings, donate_argnums=0)(params)
+
+  def resume(self):
+    """Gets everything but the state, which comes from a checkpoint, as `begin` left it."""
+    if self._keeps_start:
+      self._start = reference.load_params(self._folder / 'params', self._whole_shapes)
+      if self._config.lora.rank:
+        self._frozen['base'] = self._start
+    self._load_frozen()
+    self._attach_reference(None)
+
+  def whole(self, params):
+    """The model's parameters, of what trains."""
+    return self._merge(params, self._frozen) if self._config.lora.rank else params
+
+  def _init(self, params):
+    return training_state.init(params, self._optimizer, self._loss_state)
+
+  def _place(self, shapes):
+    return sharding.tree_sharding(self._mesh, shapes)
+
+  @property
+  def _keeps_start(self):
+    """Whether the stage goes on reading the model it began with: adapters' base, or reference."""
+    return bool(self._config.lora.rank) or (self.plan.online and self.bound.needs_reference)
+
+  def _load_frozen(self):
+    for role in ('teacher',):
+      if role in self.plan.row.models and role in self._policies:
+        self._frozen[role] = self._policies[role].load(self._place)
+
+  # --- what the loop calls
+
+  def train_step(self):
+    """Returns `(state, batch) -> (state, metrics)`."""
+    step = training_step.make_train_step(
+        self._forward, self.bound.loss, self._optimizer, schedule=self._schedule,
+        seed=self._config.seed, mesh=self._mesh, state_sharding=self._shardings,
+        micro_batches=self._config.training.micro_batches)
+    return lambda state, batch: step(state, batch, self._frozen)
+
+  def source(self):
+    """Returns where the stage's batches come from."""
+    config, door = self._config, self._data.doors[self.plan.stage.index]
+    if not self.plan.online:
+      return offline.OfflineSource(door, mesh=self._mesh)
+    recipe = recipes.RECIPES[self.plan.row.recipe]
+    names = set(inspect.signature(self.bound.loss).parameters)
+    if self.bound.estimator is not None:
+      names |= set(inspect.signature(self.bound.estimator).parameters)
+    collector = experience.Collector(
+        door=door, tokenizer=self._policy.tokenizer, samplers=self._samplers(recipe, names),
+        reward_set=self._data.rewards, estimator=self.bound.estimator, rollout=config.rollout,
+        seed=config.seed, mask_truncated=config.training.mask_truncated,
+        log_probs=self._log_probs(names), recipe=recipe,
+        takes_rewards='rewards' in inspect.signature(self.bound.loss).parameters,
+        num_samples=config.log.samples)
+    return online.RolloutSource(collector, config.training, seed=config.seed, mesh=self._mesh,
+                                samples_every=config.log.samples_every)
+
+  def _samplers(self, recipe, names):
+    """Who draws completions: the policy, and who else the method asks."""
+    options = assembly.sampling_options(self._config, self._policy)
+    make = lambda policy, options: sampler.make_sampler(
+        policy.config, options, mesh=self._mesh, decode_text=self._policy.tokenizer.decode)
+    own = make(self._policy, options)
+    made = {'policy': lambda params, prompts, key: own(self.whole(params), prompts, key)}
+    if 'greedy_rewards' in names:
+      greedy = make(self._policy, dataclasses.replace(options, temperature=0.0, group_size=1))
+      made['greedy'] = lambda params, prompts, key: greedy(self.whole(params), prompts, key)
+    if 'optimal_values' in names or 'reference' in recipe.samplers:
+      made['reference'] = lambda params, prompts, key: own(self._start, prompts, key)
+    if 'teacher' in recipe.samplers:
+      teachers = make(self._policies['teacher'], options)
+      made['teacher'] = lambda params, prompts, key: teachers(
+          self._frozen['teacher'], prompts, key)
+    return made
+
+  def _log_probs(self, names):
+    """Input's name -> `(params, batch) -> [B, T]`, for those that the method reads."""
+    found = {}
+    if self.bound.needs_old_log_probs and not self._config.rollout.reuse_log_probs:
+      found['old_log_probs'] = self._host_log_probs(self._forward)
+    if self.bound.needs_reference:
+      of_reference = self._host_log_probs(
+          assembly.make_forward(self.plan, self._policies, role='reference'))
+      found['reference_log_probs'] = lambda params, batch: of_reference(self._start, batch)
+    if 'teacher_log_probs' in names:
+      of_teacher = self._host_log_probs(
+          assembly.make_forward(self.plan, self._policies, role='teacher'))
+      found['teacher_log_probs'] = lambda params, batch: of_teacher(
+          self._frozen['teacher'], batch)
+    return found
+
+  def evaluation(self):
+    """Returns `evaluate(params) -> metrics` of the stage's loss on held-out rows, or None."""
+    door = self._data.held_out.get(self.plan.stage.index)
+    if door is None:
+      return None
+    step = training_step.make_loss_step(self._forward, self.bound.loss, mesh=self._mesh)
+    return lambda params: held_out.evaluate(
+        door, lambda batch: step(params, batch, self._loss_state, frozen=self._frozen),
+        batch_size=self._config.training.batch_size, mesh=self._mesh,
+        name=self.plan.row.name)
+
+  def _host_log_probs(self, forward):
+    step = training_step.make_log_prob_step(forward, mesh=self._mesh)
+    return lambda params, batch: sharding.fetch(
+        step(params, training_step.place(batch, self._mesh), frozen=self._frozen))
+
+  # --- the reference of an offline stage
+
+  def _attach_reference(self, params):
+    """Gives offline rows their reference log-probs: computed from `params`, or read if None."""
+    if self.plan.online or not self.bound.needs_reference:
+      return
+    score = self._host_log_probs(assembly.make_forward(self.plan, self._policies, role='reference'))
+    index = self.plan.stage.index
+    if params is not None:
+      weights = log_prob_cache.digest_params(params)
+    for name, door in (('rows', self._data.doors.get(index)),
+                       ('held_out', self._data.held_out.get(index))):
+      if door is None:
+        continue
+      key = log_prob_cache.Key(
+          weights=None if params is None else weights,
+          tokenizer=log_prob_cache.digest_tokenizer(self._policy.tokenizer),
+          template=log_prob_cache.digest_template(self._policy.tokenizer),
+          rows=door.examples.digest())
+      kept = self._folder / name
+      if params is None:
+        reference.restore(door, key, kept)
+        continue
+      shared = reference.cache_folder(self._config.data.reference_cache, self._config.dataset,
+                                      os.path.expanduser('~/.cache/ptjax/log_probs'))
+      reference.attach(door, functools.partial(score, params), key, (shared, kept),
+                       parts=sharding.batch_size(self._mesh),
+                       batch_size=self._config.training.batch_size)
+
+
+def _with_shardings(shapes, shardings):
+  return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
+                      shapes, shardings)

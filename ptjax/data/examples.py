@@ -101,7 +101,8 @@ class Reader:
     return self.row_name(self.kept[place])
 
   def row_name(self, row_id):
-    return f'{self.rows.name}, row {row_id + 1}'
+    """Names a row, for errors."""
+    return self.rows.where(row_id)
 
   def keep(self, row_id, *empty, parts):
     """Keeps a row unless one of its parts, or of the numbers a loss wants, is missing.
@@ -165,7 +166,7 @@ class Reader:
       return refuse(place, tokens[1:]) if refuse is not None else None
 
     kept, (prompts, *columns), intake = intake_lib.admit(
-        tuple(parts), overlong=self.limits.overlong, name=self.rows.name, row_ids=self.kept,
+        tuple(parts), overlong=self.limits.overlong, name=self.rows.name, where=self.where,
         dropped=self.dropped, refuse=refused)
     row_ids = [self.kept[place] for place in kept]
     lengths = [[len(columns[g][i]) for g in range(group_size)] for i in range(len(kept))]

@@ -5,6 +5,7 @@ JSON and CSV are read into plain Python objects with the standard library: row f
 name the line. For data sets that fill the memory there is Parquet, which stays on disk.
 """
 
+import array
 import csv
 import io
 import json
@@ -22,22 +23,65 @@ def read_json_lines(path):
   Raises:
     UserError: a line that is no JSON object, or no rows at all.
   """
-  rows = []
   with open(path, 'rb') as file:  # in bytes, so that only \n ends a line
-    for number, line in enumerate(file, start=1):
-      text = _decode(line, path, first_line=number).rstrip('\r\n')
-      if not text.strip():
-        continue
-      try:
-        row = json.loads(text)
-      except json.JSONDecodeError as error:
-        raise config.UserError(f'{path}, line {number}, column {error.colno}: not valid JSON '
-                               f'({error.msg}); expected one object per line') from error
-      if not isinstance(row, dict):
-        raise config.UserError(f'{path}, line {number}: expected an object {{"column": value, '
-                               f'...}}, found {_kind(row)}')
-      rows.append(row)
+    rows = [_json_row(line, path, number) for number, line in enumerate(file, start=1)
+            if not _blank(line)]
   return _not_empty(rows, path)
+
+
+class JsonLines:
+  """The rows of a JSON Lines file, read when they are asked for; 8 bytes a row stay in memory."""
+
+  def __init__(self, path, *, look_at=1000):
+    """Finds where the rows begin.
+
+    Args:
+      path: `pathlib.Path` of the file, which must not change from now on.
+      look_at: rows whose columns are looked at.
+    Raises:
+      UserError: no rows, or one of those looked at is no JSON object.
+    """
+    self._path = path
+    offsets, numbers, at = array.array('q'), array.array('q'), 0
+    with open(path, 'rb') as file:
+      for number, line in enumerate(file, start=1):
+        if not _blank(line):
+          offsets.append(at)
+          numbers.append(number)
+        at += len(line)
+    self._offsets = _not_empty(offsets, path)
+    # Behind a blank line a row's number is not its line's; rarely are there any.
+    self._lines = numbers if numbers[-1] != len(numbers) else range(1, len(numbers) + 1)
+    first = (self[i] for i in range(min(look_at, len(offsets))))
+    self.column_names = list(dict.fromkeys(key for row in first for key in row))
+
+  def __len__(self):
+    return len(self._offsets)
+
+  def __getitem__(self, index):
+    with open(self._path, 'rb') as file:
+      file.seek(self._offsets[index])
+      return _json_row(file.readline(), self._path, self._lines[index])
+
+  def __iter__(self):
+    with open(self._path, 'rb') as file:
+      for offset, line in zip(self._offsets, self._lines):
+        file.seek(offset)
+        yield _json_row(file.readline(), self._path, line)
+
+
+def read_text(path):
+  """Reads a whole text as one row with the column `text`.
+
+  Args:
+    path: `pathlib.Path` of the file.
+  Returns:
+    List of one dict.
+  Raises:
+    UserError: not UTF-8, or nothing in it.
+  """
+  text = _decode(path.read_bytes(), path)
+  return _not_empty([{'text': text}] if text.strip() else [], path)
 
 
 def read_json(path):
@@ -116,6 +160,23 @@ def read_csv(path):
   return rows
 
 
+def _blank(line):
+  return not line.strip(b'\xef\xbb\xbf \t\r\n')
+
+
+def _json_row(line, path, number):
+  text = _decode(line, path, first_line=number).rstrip('\r\n')
+  try:
+    row = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise config.UserError(f'{path}, line {number}, column {error.colno}: not valid JSON '
+                           f'({error.msg}); expected one object per line') from error
+  if not isinstance(row, dict):
+    raise config.UserError(f'{path}, line {number}: expected an object {{"column": value, '
+                           f'...}}, found {_kind(row)}')
+  return row
+
+
 def _decode(data, path, first_line=1):
   try:
     return data.decode('utf-8-sig')
@@ -126,7 +187,7 @@ def _decode(data, path, first_line=1):
 
 
 def _not_empty(rows, path):
-  if not rows:
+  if not len(rows):
     raise config.UserError(f'{path} is empty: it holds no rows')
   return rows
 

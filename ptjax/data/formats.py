@@ -10,6 +10,7 @@ import re
 import numpy as np
 
 from ptjax import config
+from ptjax.data import choices
 
 _QUESTION_PAIRS = (('answer_matching_behavior', 'answer_not_matching_behavior'),
                    ('response_j', 'response_k'))
@@ -21,7 +22,7 @@ FORMATS = {
     'preferences': (('chosen', 'rejected'),),
     'unpaired': (('prompt', 'completion', 'label'), ('messages', 'label')),
     'stepwise': (('prompt', 'completions', 'labels'),),
-    'text': (('text',),),
+    'text': (('text',), ('prompt', 'completion')),
 }
 _DOORS = {'unpaired': 'labelled completions', 'stepwise': 'labelled steps', 'text': 'texts'}
 # Where people keep a prompt or a completion under another name: for the hint in an error.
@@ -49,7 +50,9 @@ def recognise(columns):
   blank line and `input`, if there is any; `completion` is `output`. ShareGPT: `conversations` are
   `messages`, or, beside `chosen` and `rejected`, the `prompt`. Behaviour evaluations: `question`,
   with `answer_matching_behavior` as `chosen` and `answer_not_matching_behavior` as `rejected`.
-  Ranked answers: `question`, with `response_j` as `chosen` and `response_k` as `rejected`.
+  Ranked answers: `question`, with `response_j` as `chosen` and `response_k` as `rejected`. MATH:
+  `problem` becomes `prompt`, the worked `solution` `completion`, and, without an `answer` of its
+  own, `answer` too. Answers to choose from: see `choices`.
 
   Args:
     columns: names present.
@@ -57,8 +60,16 @@ def recognise(columns):
     Dict of column name -> function of a row; empty where nothing is recognised.
   """
   columns = set(columns)
+  with_choices = choices.recognise(columns)
+  if with_choices:
+    return with_choices
   if columns & {'prompt', 'messages'}:
     return {}
+  if 'problem' in columns and columns & {'solution', 'answer'}:
+    # The maths rewards take the answer out of a solution's last box.
+    answer = _cell('answer' if 'answer' in columns else 'solution')
+    worked = {'completion': _cell('solution')} if 'solution' in columns else {}
+    return {'prompt': _cell('problem'), **worked, 'answer': answer}
   for chosen, rejected in _QUESTION_PAIRS:
     if {'question', chosen, rejected} <= columns:
       return {'prompt': _cell('question'), 'chosen': _cell(chosen), 'rejected': _cell(rejected)}
@@ -175,7 +186,7 @@ def numbers(rows, wanted):
   values = {name: np.full(len(rows), np.nan) for name in wanted}
   for place, row in enumerate(rows):
     for name, column in columns.items():
-      values[name][place] = _number(row[column], f'{rows.name}, row {place + 1}: {column}')
+      values[name][place] = _number(row[column], f'{rows.where(place)}: {column}')
   return values
 
 

@@ -47,14 +47,14 @@ def empty(*whats):
   return 'with an empty ' + ' or '.join(whats)
 
 
-def admit(parts, *, overlong, name, row_ids, dropped=None, refuse=None):
+def admit(parts, *, overlong, name, where, dropped=None, refuse=None):
   """Applies the length limits to rows made of parts, and counts.
 
   Args:
     parts: tuple of `Part` over the same rows.
     overlong: `drop`, `truncate` or `error`.
     name: of the data set, for errors.
-    row_ids: the data set's row of each entry, counted from 0.
+    where: function from a place among the entries to the row's name in errors.
     dropped: dict of reason -> rows that never came this far.
     refuse: `refuse(place, token lists of its parts)` looks at a row that is kept so far and
       returns a reason to drop it, or None; None refuses nothing.
@@ -66,9 +66,10 @@ def admit(parts, *, overlong, name, row_ids, dropped=None, refuse=None):
   nothing = empty(*(p.what for p in parts))
   counts = collections.Counter({nothing: 0})
   counts.update(dropped or {})
-  rows = len(row_ids) + sum(counts.values())
+  entries = len(parts[0].tokens)
+  rows = entries + sum(counts.values())
   kept, truncated, shortened = [], 0, []
-  for place, row_id in enumerate(row_ids):
+  for place in range(entries):
     reasons = [f'longer than {p.setting}={p.limit}' for p in parts
                if p.limit is not None and len(p.tokens[place]) > p.limit]
     if not all(len(p.tokens[place]) for p in parts):
@@ -77,7 +78,7 @@ def admit(parts, *, overlong, name, row_ids, dropped=None, refuse=None):
     if reasons and overlong == 'error':
       lengths = ', '.join(f'{p.what} {len(p.tokens[place])} tokens' for p in parts)
       raise config.UserError(
-          f'{name}, row {row_id + 1}: {reasons[0]} ({lengths}); raise the limit, or set '
+          f'{where(place)}: {reasons[0]} ({lengths}); raise the limit, or set '
           'data.overlong to drop or truncate')
     if reasons and overlong == 'drop':
       counts[reasons[0]] += 1

@@ -1,4 +1,4 @@
-"""Arrays that were computed once for the rows of a data set, kept on disk under what they depend on.
+"""Arrays computed once for the rows of a data set, kept on disk under what they depend on.
 
 A file holds one float32 array per completion, the parts of its key and a checksum. What is read is
 either exactly what was saved under the key asked for, or refused.

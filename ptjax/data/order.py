@@ -120,7 +120,7 @@ class Order:
     window = _WINDOW_BATCHES * size
     parts = [middle[i:i + window] for i in range(0, whole, window)]
     rng = self.generator(1, epoch)
-    # Lengths count a tenth more or less, or a small data set would give the same batches each epoch.
+    # Lengths count a tenth more or less, or a small data set would give the same batches always.
     about = lambda part: self._lengths[part] * rng.uniform(0.9, 1.1, (len(part), 2))
     middle = np.concatenate([part[alike(about(part), size)] for part in parts]).reshape(-1, size)
     middle = rng.permutation(middle).reshape(-1)

@@ -22,7 +22,8 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(), to
   every token of a document but its first is a target exactly once.
 
   Args:
-    rows: `sources.Rows` or a list of dicts, with `text`.
+    rows: `sources.Rows` or a list of dicts, with `text`; or `prompt` and `completion`, texts that
+      make up the document.
     tokenizer: a Hugging Face tokenizer.
     limits: examples.Limits; nothing is dropped or truncated for its length.
     end_ids: ids that end a text; None asks the tokenizer.
@@ -34,18 +35,19 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(), to
     UserError: no column `text`, a cell that is no text, or nothing left.
   """
   rows = sources.as_rows(rows)
-  formats.require(rows, 'text')
+  names = formats.require(rows, 'text')
   reader = examples.Reader(rows, tokenizer, limits=limits, end_ids=end_ids, want=want)
   if tokens is None:
     both = (limits.max_prompt_tokens, limits.max_completion_tokens)
     tokens = _DEFAULT_TOKENS if None in both else sum(both)
   texts = []
   for i, row in enumerate(rows):
-    if row['text'] is not None and not isinstance(row['text'], str):
-      raise config.UserError(
-          f'{reader.row_name(i)}: expected text, not {type(row["text"]).__name__}')
-    if reader.keep(i, row['text'], parts=('text',)):
-      texts.append(row['text'])
+    cells = [row[name] for name in names if row[name] is not None]
+    for cell in cells:
+      if not isinstance(cell, str):
+        raise config.UserError(f'{reader.row_name(i)}: expected text, not {type(cell).__name__}')
+    if reader.keep(i, ''.join(cells), parts=('text',)):
+      texts.append(''.join(cells))
   documents = [np.array(chat.end(ids, reader.end_ids, cut=False), np.int32)
                for ids in chat.encode(tokenizer, texts, [True] * len(texts))]
   pieces, owners = [], []

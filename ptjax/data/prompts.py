@@ -62,18 +62,20 @@ class PromptDoor:
     values = [_question(row[self._column]) if self._column == 'messages' else row[self._column]
               for row in rows]
     present = [i for i, value in enumerate(values) if value not in (None, '', [])]
-    texts, ids = chat.prompts(tokenizer, [values[i] for i in present],
-                              where=lambda place: f'{rows.name}, row {present[place] + 1}')
+    where = lambda place: rows.where(present[place])
+    texts, ids = chat.prompts(tokenizer, [values[i] for i in present], where=where)
     part = intake.Part(what='prompt', tokens=ids, limit=max_prompt_tokens, keep='right',
                        setting='data.max_prompt_tokens', bos=tokenizer.bos_token_id)
     kept, (self._tokens,), self.intake = intake.admit(
-        (part,), overlong=overlong, name=rows.name, row_ids=present,
+        (part,), overlong=overlong, name=rows.name, where=where,
         dropped={intake.empty('prompt'): len(values) - len(present)})
     self._row_ids = [present[i] for i in kept]
     self._prompts = [values[i] for i in self._row_ids]
     self._texts = [texts[i] if len(tokens) == len(ids[i]) else tokenizer.decode(tokens)
                    for i, tokens in zip(kept, self._tokens)]
-    self.order = order.Order(len(kept), num_prompts, seed, 'prompts')
+    self.order = order.Order(
+        len(kept), num_prompts, seed, 'prompts',
+        mixture=None if rows.mixture is None else rows.mixture.take(self._row_ids))
 
   def __len__(self):
     return len(self._tokens)

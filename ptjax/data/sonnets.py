@@ -1,8 +1,10 @@
 """Numbered poems in a text file, each as three given lines and the lines to write."""
 
+import pathlib
 import re
 
 from ptjax import config
+from ptjax.data import files
 
 GIVEN_LINES = 3  # as in the CS224n sonnet task
 _NUMBER = re.compile(r'(?:^|\n)[ \t]*(\d+)[ \t]*\n[ \t]*(?=\n)')  # a line of its own, then a blank
@@ -12,6 +14,13 @@ def recognise(text):
   """Returns whether a text holds numbered poems: at least two, counted upwards."""
   numbers = [int(match[1]) for match in _NUMBER.finditer(_plain(text))]
   return len(numbers) > 1 and all(a < b for a, b in zip(numbers, numbers[1:]))
+
+
+def read(path):
+  """Reads a text file: numbered poems as `sonnets` does, any other text as `files.read_text`."""
+  rows = files.read_text(path)
+  text = rows[0]['text']
+  return parse(text) if recognise(text) else rows
 
 
 def sonnets(path):
@@ -26,12 +35,9 @@ def sonnets(path):
     UserError: no such file, not UTF-8, or no numbered poems in it.
   """
   try:
-    with open(path, encoding='utf-8-sig') as file:
-      text = file.read()
+    text = files.read_text(pathlib.Path(path))[0]['text']
   except OSError as error:
     raise config.UserError(f'{path}: cannot be read ({error.strerror or error})') from error
-  except UnicodeDecodeError as error:
-    raise config.UserError(f'{path}: not UTF-8 text; save the file as UTF-8') from error
   rows = parse(text)
   if not rows:
     raise config.UserError(f'{path}: no poems; expected a number on a line of its own, a blank '

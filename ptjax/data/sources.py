@@ -17,9 +17,11 @@ from ptjax import config
 from ptjax.data import arithmetic
 from ptjax.data import files
 from ptjax.data import formats
+from ptjax.data import mixtures
+from ptjax.data import sonnets
 
 _READERS = {'.jsonl': files.read_json_lines, '.json': files.read_json, '.csv': files.read_csv,
-            '.tsv': files.read_csv}
+            '.tsv': files.read_csv, '.txt': sonnets.read}
 SUFFIXES = (*_READERS, '.parquet')
 TASKS = ('arithmetic',)
 _SPLIT_WORDS = re.compile(
@@ -30,20 +32,23 @@ _SPLIT_WORDS = re.compile(
 class Rows(abc.Sequence):
   """An immutable sequence of rows, each a dict with all of `columns`; a missing cell is None."""
 
-  def __init__(self, rows, *, name, columns=None, mixture=None):
+  def __init__(self, rows, *, name, columns=None, mixture=None, numbers=None):
     """Wraps rows.
 
     Args:
-      rows: list of dicts, or a `datasets.Dataset`.
+      rows: list of dicts, or another sequence of them with `column_names`, such as a
+        `datasets.Dataset`.
       name: what the user called them; errors repeat it.
       columns: further columns as functions of a row (name -> function), None for none. They win
         over the rows' own columns.
       mixture: `order.Mixture` of the rows, where they are several data sets; None for one.
+      numbers: [len(rows)] int, which row of the data set each is, from 0; None: as they stand.
     """
     self.name = name
     self.mixture = mixture
     self._rows = rows
     self._derived = dict(columns or {})
+    self._numbers = numbers
     own = (rows.column_names if hasattr(rows, 'column_names')
            else dict.fromkeys(key for row in rows for key in row))
     self._own = tuple(own)
@@ -54,15 +59,34 @@ class Rows(abc.Sequence):
 
   def __getitem__(self, index):
     if isinstance(index, slice):
-      if hasattr(self._rows, 'select'):
-        rows = self._rows.select(range(*index.indices(len(self))))
-      else:
-        rows = self._rows[index]
-      return Rows(rows, name=self.name, columns=self._derived)
-    return self._finish(self._rows[int(index)])
+      return self.select(range(*index.indices(len(self))))
+    return self._finish(self._rows[range(len(self))[int(index)]])
 
   def __iter__(self):
     return map(self._finish, self._rows)
+
+  def select(self, places):
+    """Returns the rows at these places, in that order, still knowing their numbers."""
+    places = [range(len(self))[int(place)] for place in places]
+    chosen = _Chosen(self._rows, places, self._own)
+    return Rows(chosen, name=self.name, columns=self._derived,
+                mixture=None if self.mixture is None else self.mixture.take(places),
+                numbers=[self.number(place) for place in places])
+
+  def with_columns(self, columns):
+    """Returns the same rows with further columns, functions of a row."""
+    return Rows(self._rows, name=self.name, columns={**self._derived, **columns},
+                mixture=self.mixture, numbers=self._numbers)
+
+  def number(self, place):
+    """Returns which row of the data set a row is, from 0."""
+    return place if self._numbers is None else self._numbers[place]
+
+  def where(self, place):
+    """Names a row, for errors."""
+    if hasattr(self._rows, 'where'):
+      return self._rows.where(place)
+    return f'{self.name}, row {self.number(place) + 1}'
 
   def _finish(self, row):
     result = {name: row.get(name) for name in self._own}
@@ -72,30 +96,73 @@ class Rows(abc.Sequence):
     return f'Rows({self.name!r}, {len(self)} rows, columns {list(self.columns)})'
 
 
+class _Chosen:
+  """Some rows of a sequence; they are read when they are asked for."""
+
+  def __init__(self, rows, places, names):
+    self._rows, self._places = rows, places
+    self.column_names = names
+    if hasattr(rows, 'where'):
+      self.where = lambda index: rows.where(places[index])
+
+  def __len__(self):
+    return len(self._places)
+
+  def __getitem__(self, index):
+    return self._rows[self._places[index]]
+
+  def __iter__(self):
+    return (self._rows[place] for place in self._places)
+
+
 def as_rows(rows):
   """Returns `rows` as `Rows`; a plain list of dicts is wrapped."""
   return rows if isinstance(rows, Rows) else Rows(list(rows), name='the given rows')
 
 
-def load(name_or_path, *, columns=None, limit=None, seed=0):
+def load(name_or_path, *, columns=None, limit=None, seed=0, lazy=False):
   """Loads rows by name.
 
   Args:
-    name_or_path: a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file; a folder of them, with
-      `@split` where it holds several (`train` is the default); `arithmetic`, with settings and
-      split as in `arithmetic:max_operand=20,operations=+-@test`; or a hub name
-      `owner/name:config@split`.
+    name_or_path: a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.txt` file (a text is one row
+      with the column `text`, numbered poems are rows of their own, see `sonnets`); a folder of them, with `@split` where it holds several (`train` is
+      the default); `arithmetic`, with settings and split as in
+      `arithmetic:max_operand=20,operations=+-@test`; or a hub name `owner/name:config@split`. Or
+      several, as in `a.jsonl*0.7 + b.jsonl*0.3`: each batch then draws from them by weight
+      (`order.Mixture`); without any weight every row of all comes once per epoch.
     columns: dict of our column name -> the data set's, e.g. `{'prompt': 'question'}`.
-    limit: rows at most, from the start; None for all.
+    limit: rows at most, from the start, of each data set; None for all.
     seed: chooses the rows of a built-in task.
+    lazy: whether the rows of a `.jsonl` file stay on disk until they are asked for, one by one
+      (Parquet and the hub's rows always do); for data that does not fit in memory. The columns are
+      then those of its first thousand rows.
   Returns:
     `Rows`, at least one. Columns of a known format (`formats.recognise`) are added.
   Raises:
     UserError: nothing by that name, or nothing readable in it.
   """
-  name = str(name_or_path)
   if limit is not None and limit < 1:
     raise config.UserError(f'data.limit={limit}: must be positive')
+  named = mixtures.parse(str(name_or_path))
+  bases = [_load_one(name, seed, limit, lazy) for name, _ in named]
+  wanted = columns or {}
+  known = {column for base in bases for column in base.columns}
+  formats.mapping(known, wanted, str(name_or_path))  # some data set must have each column
+  parts = []
+  for base in bases:
+    own = {ours: theirs for ours, theirs in wanted.items() if theirs in base.columns}
+    parts.append(base.with_columns({**formats.recognise(base.columns),
+                                    **formats.mapping(base.columns, own, base.name)}))
+  if limit is not None:
+    parts = [part[:limit] for part in parts]
+  if len(parts) == 1:
+    return parts[0]
+  return Rows(mixtures.Joined(parts), name=str(name_or_path),
+              mixture=mixtures.mixture(parts, [weight for _, weight in named]))
+
+
+def _load_one(name, seed, limit, lazy):
+  """Loads one data set as it is."""
   if name.partition('@')[0].partition(':')[0] in TASKS:
     base = _load_task(name, seed, limit)
   else:
@@ -103,14 +170,8 @@ def load(name_or_path, *, columns=None, limit=None, seed=0):
     if path is None:
       base = _load_hub(name)
     else:
-      base = _load_folder(path, split, name) if path.is_dir() else _load_file(path)
-  if isinstance(base, list):
-    base = formats.flatten(base)
-  rows = Rows(base, name=name)
-  derived = {**formats.recognise(rows.columns),
-             **formats.mapping(rows.columns, columns or {}, name)}
-  rows = Rows(base, name=name, columns=derived)
-  return rows if limit is None else rows[:limit]
+      base = _load_folder(path, split, name, lazy) if path.is_dir() else _load_file(path, lazy)
+  return Rows(formats.flatten(base) if isinstance(base, list) else base, name=name)
 
 
 # --- built-in tasks
@@ -163,20 +224,24 @@ def _near_files(path):
   return f'; {folder} holds {", ".join(data[:12])}' if data else f'; {folder} holds no data files'
 
 
-def _load_file(path):
+def _load_file(path, lazy=False):
   suffix = path.suffix.lower()
   if suffix not in SUFFIXES:
     raise config.UserError(f'{path}: unknown file format {path.suffix or "without a suffix"!r}; '
                            f'expected one of {" ".join(SUFFIXES)}')
   try:
+    if lazy and suffix == '.jsonl':
+      return files.JsonLines(path)
     return _load_parquet([path]) if suffix == '.parquet' else _READERS[suffix](path)
   except OSError as error:
     raise config.UserError(f'{path}: cannot be read ({error.strerror or error})') from error
 
 
-def _load_folder(folder, split, name):
+def _load_folder(folder, split, name, lazy=False):
   found = [p for p in sorted(folder.rglob('*')) if p.is_file() and p.suffix.lower() in SUFFIXES
            and not any(part.startswith('.') for part in p.relative_to(folder).parts)]
+  # A text beside tables is their licence or a note.
+  found = [p for p in found if p.suffix.lower() != '.txt'] or found
   if not found:
     raise config.UserError(f'{folder}: no data files in this folder; expected '
                            f'{" ".join(SUFFIXES)}')
@@ -186,6 +251,8 @@ def _load_folder(folder, split, name):
     if len(suffixes) > 1:
       raise config.UserError(f'{name}: the folder mixes Parquet with other files; name one file')
     return _load_parquet(chosen)
+  if lazy and len(chosen) == 1:
+    return _load_file(chosen[0], lazy)
   parts = [_load_file(path) for path in chosen]
   columns = [sorted({key for row in part for key in row}) for part in parts]
   for path, found_columns in zip(chosen, columns):

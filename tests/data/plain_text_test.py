@@ -56,11 +56,18 @@ def test_what_cannot_train_is_said_in_one_line(characters):
   for rows, message in (
       ([{'text': ''}], 'nothing left to train on: 1 rows: 0 kept as 0 pieces, 1 dropped'),
       ([{'text': 7}], 'the given rows, row 1: expected text, not int'),
-      ([{'content': 'x'}], "texts need the columns 'text'; found 'content'; map yours with --set "
-       'data.columns.text=content')):
+      ([{'content': 'x'}], "texts need the columns 'text' or 'prompt' and 'completion'; found "
+       "'content'; map yours with --set data.columns.text=content")):
     with pytest.raises(config.UserError) as caught:
       plain_text.read(rows, characters)
     assert message in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_prompt_and_completion_make_a_document(characters):
+  rows = [{'prompt': 'ab', 'completion': 'cd'}, {'prompt': 'e', 'completion': None}]
+  examples = plain_text.read(rows, characters)
+  assert [characters.decode(ids, skip_special_tokens=True) for ids in _join(examples).values()] == [
+      'abcd', 'e']
 
 
 def test_a_document_that_ends_already_gets_no_second_end(characters):

@@ -104,6 +104,57 @@ def test_a_folder_of_parquet(parquet, tmp_path):
   assert [row['prompt'] for row in sources.load(f'{tmp_path}/set@test')] == ['test']
 
 
+def test_lazy_json_lines_are_the_same_rows(tmp_path):
+  text = '\ufeff{"prompt": "a\u2028b"}\n\n  \n{"prompt": "é", "x": [1]}\n{"prompt": "c"}'
+  path = _write(tmp_path, 'a.jsonl', text)
+  eager, lazy = sources.load(path), sources.load(path, lazy=True)
+  assert list(lazy) == list(eager) == [lazy[i] for i in range(3)]
+  assert (len(lazy), lazy.columns, lazy[-1]) == (3, eager.columns, eager[-1])
+  assert list(lazy[1:]) == list(eager[1:])
+  assert list(sources.load(path, lazy=True, limit=2)) == list(eager[:2])
+
+
+def test_lazy_json_lines_stay_on_disk(tmp_path):
+  path = _write(tmp_path, 'a.jsonl', '\n'.join('{"n": %04d}' % (i + 1000) for i in range(3000)))
+  rows = sources.load(path, lazy=True)
+  text = path.read_bytes().replace(b'2500', b'9999')
+  path.write_bytes(text)
+  assert rows[1500] == {'n': 9999}  # read only now
+  path.write_bytes(text.replace(b'{"n": 3999}', b'{"n":  oops'))
+  assert rows[2998] == {'n': 3998}
+  with pytest.raises(config.UserError, match='a.jsonl, line 3000, column 8: not valid JSON'):
+    rows[2999]
+
+
+def test_lazy_json_lines_say_what_is_wrong(tmp_path):
+  path = _write(tmp_path, 'a.jsonl', '{"a": 1}\n\n[2]\n')
+  assert _message(path, lazy=True) == (
+      f'{path}, line 3: expected an object {{"column": value, ...}}, found a list')
+  path = _write(tmp_path, 'b.jsonl', '\n \n')
+  assert _message(path, lazy=True) == f'{path} is empty: it holds no rows'
+
+
+def test_a_text_is_one_row(tmp_path):
+  path = _write(tmp_path, 'a.txt', '\ufeffone\n\ntwo\n')
+  assert list(sources.load(path)) == [{'text': 'one\n\ntwo\n'}]
+  _write(tmp_path, 'b.txt', 'three')
+  assert [row['text'] for row in sources.load(tmp_path)] == ['one\n\ntwo\n', 'three']
+  _write(tmp_path, 'c.jsonl', '{"prompt": "p"}')
+  assert list(sources.load(tmp_path)) == [{'prompt': 'p'}]  # beside tables, texts are notes
+  path = _write(tmp_path, 'empty.txt', ' \n')
+  assert _message(path) == f'{path} is empty: it holds no rows'
+
+
+def test_chosen_rows_keep_their_numbers():
+  rows = sources.Rows([{'a': i} for i in range(6)], name='n', columns={'b': lambda r: -r['a']})
+  chosen = rows.select([4, 1, 1])
+  assert [row['b'] for row in chosen] == [-4, -1, -1] and chosen[-1] == {'a': 1, 'b': -1}
+  assert [chosen.number(i) for i in range(3)] == [4, 1, 1]
+  assert chosen[1:].where(0) == 'n, row 2'
+  with pytest.raises(IndexError):
+    rows[6]
+
+
 # --- known formats and mappings
 
 
@@ -125,10 +176,26 @@ def test_a_folder_gives_its_training_rows(shared_data):
 def test_quora_has_tabs_and_a_saved_index(shared_data):
   rows = sources.load(shared_data / 'quora' / 'quora_pairs.csv')
   assert len(rows) == 12000
-  assert rows.columns == ('index', 'id', 'sentence1', 'sentence2', 'is_duplicate')
+  assert rows.columns == ('index', 'id', 'sentence1', 'sentence2', 'is_duplicate',
+                          'prompt', 'choices', 'correct', 'completion')
   assert rows[1]['sentence1'].startswith('"Which is correct grammar: I graduated from')
   labels = [row['is_duplicate'] for row in rows]
   assert {label: labels.count(label) for label in {'', '0.0', '1.0'}}[''] == 1
+
+
+def test_text_files(shared_data, tmp_path):
+  rows = sources.load(shared_data / 'shakespeare' / 'sonnets.txt', limit=5)
+  assert rows.columns == ('number', 'prompt', 'completion') and len(rows) == 5
+  text, = sources.load(shared_data / 'shakespeare' / 'tinyshakespeare.txt')
+  assert len(text['text']) == 1115394
+
+
+def test_maths_problems(tmp_path):
+  problem = {'problem': 'p', 'solution': 'So \\boxed{7}.'}
+  row, = sources.load(_write(tmp_path, 'a.jsonl', json.dumps(problem)))
+  assert (row['prompt'], row['completion'], row['answer']) == ('p', *[problem['solution']] * 2)
+  row, = sources.load(_write(tmp_path, 'b.jsonl', json.dumps({**problem, 'answer': '7'})))
+  assert row['answer'] == '7' and row['completion'] == problem['solution']
 
 
 def test_instructions(shared_data):
@@ -231,8 +298,8 @@ def test_arithmetic_misnamed(name, message):
     ('a.csv', 'a,a\n1,2\n',
      "{path}, line 1: the header needs one distinct name per column, found 'a', 'a'"),
     ('a.csv', 'a,b\n1,"2\n', '{path}, line 2: not a valid table (unexpected end of data)'),
-    ('a.txt', 'x', "{path}: unknown file format '.txt'; expected one of .jsonl .json .csv .tsv "
-     '.parquet'),
+    ('a.xml', 'x', "{path}: unknown file format '.xml'; expected one of .jsonl .json .csv .tsv "
+     '.txt .parquet'),
 ])
 def test_unreadable_files(tmp_path, name, text, message):
   path = _write(tmp_path, name, text)
@@ -241,7 +308,7 @@ def test_unreadable_files(tmp_path, name, text, message):
 
 def test_missing_file_names_its_neighbours(tmp_path):
   _write(tmp_path, 'train.jsonl', '{}')
-  _write(tmp_path, 'notes.txt', '')
+  _write(tmp_path, 'notes.md', '')
   missing = tmp_path / 'trian.jsonl'
   assert _message(missing) == (
       f'no such file or folder: {missing}; did you mean {tmp_path}/train.jsonl?')

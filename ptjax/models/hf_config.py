@@ -129,7 +129,8 @@ def to_hf(config, *, dtype, bos_id=None, eos_id=None, pad_id=None):
   fields = _gpt2_keys(config) if config.family == 'gpt2' else _llama_keys(config)
   raw = {
       'architectures': [_architecture(config)], 'model_type': config.family, **fields,
-      **_score_keys(config), 'tie_word_embeddings': config.tie_embeddings, 'dtype': dtype, 'torch_dtype': dtype,
+      **_score_keys(config), 'tie_word_embeddings': config.tie_embeddings,
+      'dtype': dtype, 'torch_dtype': dtype,
       'bos_token_id': bos_id, 'eos_token_id': eos_id, 'pad_token_id': pad_id}
   back = dataclasses.replace(from_hf(raw), dtype=config.dtype, param_dtype=config.param_dtype)
   changed = [f'{f.name}={getattr(config, f.name)!r} (would become {getattr(back, f.name)!r})'

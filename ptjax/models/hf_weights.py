@@ -49,6 +49,10 @@ class Source:
 def layout(config, shapes):
   """Returns {leaf path 'a/b/c': Source} for every leaf of `shapes`."""
   sources = _gpt2_sources() if config.family == 'gpt2' else _llama_sources(config)
+  # Token classifiers of GPT-2 alone call it otherwise.
+  score = 'classifier' if config.family == 'gpt2' and config.score_bias else 'score'
+  sources.update({'score/kernel': Source(score + '.weight', transpose=True),
+                  'score/bias': Source(score + '.bias')})
   return {path: sources[path] for path in paths(shapes)}
 
 
@@ -213,7 +217,9 @@ def check(checkpoint, config, shapes, directory):
   names = dict(checkpoint.names)
   needed = tensor_shapes(config, shapes)
   embedding = layout(config, shapes)['embed/embedding'].name
-  if config.tie_embeddings and names.pop('lm_head.weight', None) and embedding in names:
+  if config.num_labels:
+    names.pop('lm_head.weight', None)  # of the language model whose body this is
+  elif config.tie_embeddings and names.pop('lm_head.weight', None) and embedding in names:
     _check_tied(checkpoint, embedding, directory)
   missing = [full_name(config, name) for name in needed if name not in names]
   extra = [names[name] for name in names if name not in needed]
@@ -255,7 +261,7 @@ def bare_name(name):
 
 def full_name(config, name):
   """The name in a file that we write of a tensor that `layout` calls `name`."""
-  if name.startswith('lm_head'):
+  if name.startswith(('lm_head.', 'score.', 'classifier.')):
     return name
   return ('transformer.' if config.family == 'gpt2' else 'model.') + name
 

@@ -12,6 +12,7 @@ import huggingface_hub
 import jax
 
 from ptjax import config as settings
+from ptjax import sharding
 from ptjax.models import folders
 from ptjax.models import hf_config
 from ptjax.models import hf_weights
@@ -26,60 +27,80 @@ _TOKENIZER_FILES = (
 _SMALL_FILES = ('*.json', '*.jinja', '*.txt', 'tokenizer.model')
 
 
-def load(path_or_name, *, dtype=None, param_dtype=None, shardings=None):
-  """Loads a model.
+def load(path_or_name, *, dtype=None, param_dtype=None, num_labels=None, score_bias=False,
+         shardings=None, key=None):
+  """Loads a model, or the body of a language model under a fresh score head.
 
   Args:
     path_or_name: a directory, or a name on the Hugging Face hub.
     dtype: str; the compute dtype, default the checkpoint's.
     param_dtype: str; what the parameters are cast to, default the checkpoint's.
+    num_labels: outputs of the score head; None: a language model stays one, and a reward model or
+      classifier keeps its own.
+    score_bias: whether a fresh head has a bias, as token classifiers (process reward models) have.
     shardings: where each parameter goes: a tree of `jax.sharding.Sharding` like the parameters, or
       a function from their tree of shapes to it. None: the default device.
+    key: PRNG key of a fresh head; None: `jax.random.key(0)`.
   Returns:
     (TransformerConfig, params, tokenizer).
   Raises:
     UserError: what is wrong with the directory or the name, and the remedy.
   """
   directory = resolve(path_or_name)
-  config = load_config(directory, dtype=dtype, param_dtype=param_dtype)
+  config = load_config(directory, dtype=dtype, param_dtype=param_dtype, num_labels=num_labels,
+                       score_bias=score_bias)
   tokenizer = load_tokenizer(directory)
-  return config, load_params(directory, config, shardings=shardings), tokenizer
+  return config, load_params(directory, config, shardings=shardings, key=key), tokenizer
 
 
-def load_config(path_or_name, *, dtype=None, param_dtype=None):
-  """Reads a model's `TransformerConfig`; its dtypes are the checkpoint's where not given."""
+def load_config(path_or_name, *, dtype=None, param_dtype=None, num_labels=None, score_bias=False):
+  """Reads a model's `TransformerConfig`; the arguments are those of `load`.
+
+  Raises:
+    UserError: besides what `load` says, a score head with another number of labels.
+  """
   directory = resolve(path_or_name, weights=False)
+  given = {'dtype': dtype, 'param_dtype': param_dtype}
   if peft.is_adapter(directory):
-    return _of_base(load_config, directory, dtype=dtype, param_dtype=param_dtype)
+    return _of_base(load_config, directory, **given, num_labels=num_labels, score_bias=score_bias)
   path = os.path.join(directory, 'config.json')
   raw = folders.read_json(path)
   try:
     config = hf_config.from_hf(raw)
-    given = {'dtype': dtype, 'param_dtype': param_dtype}
+    if num_labels and not config.num_labels:
+      config = dataclasses.replace(config, num_labels=num_labels, score_bias=score_bias)
+    elif num_labels not in (None, config.num_labels):
+      raise settings.UserError(f'the score head has {config.num_labels} labels, not {num_labels}; '
+                               'choose another model, or the language model it was made from')
     return dataclasses.replace(config, **{k: str(v) for k, v in given.items() if v is not None})
   except settings.UserError as error:
     raise settings.UserError(f'{path}: {error}') from None
 
 
-def load_params(path_or_name, config, *, shardings=None):
+def load_params(path_or_name, config, *, shardings=None, key=None):
   """Loads the parameters of `config` (see `load`); they are cast to `config.param_dtype`."""
   directory = resolve(path_or_name)
   shapes = param_shapes(config)
   targets = shardings(shapes) if callable(shardings) else shardings
   if peft.is_adapter(directory):
     adapters, made_with = peft.load(directory, config)
-    base = _of_base(load_params, directory, config, shardings=targets)
+    base = _of_base(load_params, directory, config, shardings=targets, key=key)
     merge = functools.partial(lora.merge, scale=made_with.scale)
     return jax.jit(merge, out_shardings=targets, donate_argnums=0)(base, adapters)
-  sources = hf_weights.layout(config, shapes)
-  paths = hf_weights.paths(shapes)
+  fresh = {}
+  if config.num_labels and not load_config(directory).num_labels:
+    fresh = {'score': transformer.init_score(config, jax.random.key(0) if key is None else key)}
+    if targets is not None:
+      fresh = sharding.put(fresh, {'score': targets['score']})
+  stored = {name: tree for name, tree in shapes.items() if name not in fresh}
+  sources, paths = hf_weights.layout(config, stored), hf_weights.paths(stored)
   targets = dict.fromkeys(paths) if targets is None else hf_weights.paths(targets)
   with hf_weights.Checkpoint(directory) as checkpoint:
-    hf_weights.check(checkpoint, config, shapes, directory)
+    hf_weights.check(checkpoint, config, stored, directory)
     leaves = [
         hf_weights.load_leaf(checkpoint, sources[path], leaf, targets[path])
         for path, leaf in paths.items()]
-  return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+  return {**jax.tree.unflatten(jax.tree.structure(stored), leaves), **fresh}
 
 
 def param_shapes(config):
@@ -177,7 +198,8 @@ def export(out_dir, config, params, tokenizer, *, stop_ids=None, max_file_bytes=
   Args:
     out_dir: the directory; an earlier model in it is replaced.
     config: TransformerConfig.
-    params: the parameter tree, leaves on the host or on devices, sharded or not.
+    params: the parameter tree, leaves on the host or on devices, sharded or not. What is not the
+      model's own, such as a critic, is left out.
     tokenizer: a `transformers` tokenizer, or None to write none.
     stop_ids: token ids that end a completion, for generation_config.json; default the
       tokenizer's end token.
@@ -190,6 +212,10 @@ def export(out_dir, config, params, tokenizer, *, stop_ids=None, max_file_bytes=
   if tokenizer is not None:
     ids = {'bos_id': tokenizer.bos_token_id, 'eos_id': tokenizer.eos_token_id,
            'pad_id': tokenizer.pad_token_id}
+  if config.num_labels and ids['pad_id'] == ids['eos_id']:
+    # transformers reads a score at the last token that is no padding: with the end token as padding
+    # it would silently read one too early. Without any it refuses padded rows.
+    ids['pad_id'] = None
   raw = hf_config.to_hf(config, dtype=str(params['embed']['embedding'].dtype), **ids)
   stop_ids = list(stop_ids) if stop_ids else ids['eos_id']
   generation = {'bos_token_id': ids['bos_id'], 'eos_token_id': stop_ids,
@@ -199,10 +225,12 @@ def export(out_dir, config, params, tokenizer, *, stop_ids=None, max_file_bytes=
   with folders.replacing(out_dir, marker='config.json', kind='a model') as folder:
     if jax.process_index() == 0:
       folders.write_json(os.path.join(folder, 'config.json'), raw)
-      folders.write_json(os.path.join(folder, 'generation_config.json'), generation)
+      if not config.num_labels:  # what scores does not generate
+        folders.write_json(os.path.join(folder, 'generation_config.json'), generation)
       if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    hf_weights.write(folder, config, params, max_file_bytes)
+    own = {name: params[name] for name in param_shapes(config)}
+    hf_weights.write(folder, config, own, max_file_bytes)
 
 
 def _first_line(error):

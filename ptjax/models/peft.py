@@ -100,7 +100,7 @@ def save(directory, config, adapters, settings, *, base):
   check(config, settings)
   adapters = sharding.fetch(adapters)
   modules = _modules(config)
-  tensors, saved, targets, ranks = {}, [], [], {}
+  tensors, targets, ranks = {}, [], {}
   for module in modules:
     own = [_find(adapters['layers'], path) for path in module.paths]
     if not any(own):
@@ -119,15 +119,14 @@ def save(directory, config, adapters, settings, *, base):
       if magnitude is not None:
         put('lora_magnitude_vector', magnitude[layer])
   heads = {name: tree for name, tree in adapters.items() if name != 'layers'}
-  if heads:
-    for path, source in hf_weights.layout(config, heads).items():
-      leaf = hf_weights.paths(heads)[path]
-      tensors[_PREFIX + hf_weights.full_name(config, source.name)] = np.ascontiguousarray(
-          leaf.T if source.transpose else leaf)
-    saved = sorted(heads)
+  leaves, whole = hf_weights.paths(heads), set()
+  for path, source in hf_weights.layout(config, heads).items():
+    tensors[_PREFIX + hf_weights.full_name(config, source.name)] = np.ascontiguousarray(
+        leaves[path].T if source.transpose else leaves[path])
+    whole.add(source.name.rpartition('.')[0])
   root = settings.variant == 'rslora'
   raw = {
-      'peft_type': 'LORA', 'task_type': 'SEQ_CLS' if 'score' in heads else 'CAUSAL_LM',
+      'peft_type': 'LORA', 'task_type': _task_type(config),
       'base_model_name_or_path': os.fspath(base), 'r': settings.rank,
       'lora_alpha': settings.alpha, 'lora_dropout': 0.0, 'bias': 'none',
       'target_modules': targets, 'rank_pattern': ranks,
@@ -135,7 +134,7 @@ def save(directory, config, adapters, settings, *, base):
       'alpha_pattern': {name: settings.scale * (rank**0.5 if root else rank)
                         for name, rank in ranks.items()},
       'use_rslora': root, 'use_dora': settings.variant == 'dora',
-      'fan_in_fan_out': config.family == 'gpt2', 'modules_to_save': saved or None,
+      'fan_in_fan_out': config.family == 'gpt2', 'modules_to_save': sorted(whole) or None,
       'init_lora_weights': True, 'inference_mode': True}
   with folders.replacing(directory, marker=CONFIG, kind='an adapter') as folder:
     if jax.process_index() == 0:
@@ -226,6 +225,12 @@ def _modules(config):
         name, tuple(tuple(path.split('/')[1:-1]) for path in parts),
         tuple(leaves[path].shape[-1] for path in parts), leaves[parts[0]].shape[-2]))
   return tuple(made)
+
+
+def _task_type(config):
+  if not config.num_labels:
+    return 'CAUSAL_LM'
+  return 'TOKEN_CLS' if config.score_bias else 'SEQ_CLS'
 
 
 def _short_name(module, modules):
@@ -359,19 +364,20 @@ def _pattern(patterns, name, default):
 
 
 def _heads(config, tensors, problems):
-  """Modules that were saved whole, as the tree that `lora.init` makes of them."""
-  tree = {}
+  """Modules that were saved whole, as the tree that `lora.init` makes of them; {} if none were."""
+  if not tensors:
+    return {}
   shapes = jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
-  heads = {'score': shapes['score']} if 'score' in shapes else {}
+  heads = {'score': shapes['score']} if config.num_labels else {}
+  leaves, tree = hf_weights.paths(heads), {}
   for path, source in hf_weights.layout(config, heads).items():
-    leaf = hf_weights.paths(heads)[path]
     array = tensors.pop(source.name, None)
     if array is None:
       problems.missing.append(source.name)
       continue
     array = array.T if source.transpose else array
-    if array.shape != leaf.shape:
-      problems.wrong.append(f'{source.name} is {list(array.shape)}, not {list(leaf.shape)}')
+    if array.shape != leaves[path].shape:
+      problems.wrong.append(f'{source.name} is {list(array.shape)}, not {list(leaves[path].shape)}')
     room, name = path.split('/')
     tree.setdefault(room, {})[name] = array
   problems.unexpected += list(tensors)

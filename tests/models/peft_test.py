@@ -88,12 +88,16 @@ def torch_logits(model):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def our_logits(config, params):
+def our_hidden(config, params):
   rows, length = TOKENS.shape
   hidden, _ = transformer.forward(
       config, params, jnp.asarray(TOKENS).reshape(-1), jnp.tile(jnp.arange(length), rows),
       attention.prefill(config, jnp.full([rows], length), length))
-  return transformer.logits(config, params, hidden).reshape(rows, length, -1)
+  return hidden.reshape(rows, length, -1)
+
+
+def our_logits(config, params):
+  return transformer.logits(config, params, our_hidden(config, params))
 
 
 def made_by_peft(bases, name, folder, **options):
@@ -226,6 +230,49 @@ def test_save_then_load_is_the_identity(bases, tmp_path):
   loaded, found = peft.load(tmp_path / 'a', config)
   assert dataclasses.replace(found, targets=('all-linear',)) == own
   jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
+
+
+@pytest.mark.parametrize('kind', ['sequence', 'token'])
+@pytest.mark.parametrize('name', ['qwen2', 'gpt2'])
+def test_heads_that_score_go_along(name, kind, bases, tmp_path):
+  """A reward model's and a process reward model's head train whole, and PEFT keeps them so."""
+  labels, bias = (1, False) if kind == 'sequence' else (2, True)
+  directory = bases(name)
+  config = hub.load_config(directory, num_labels=labels, score_bias=bias)
+  params = hub.load_params(directory, config)
+  own = settings.LoraSettings(rank=4, alpha=6.0)
+  random = np.random.default_rng(5)
+  adapters = jax.tree.map(lambda x: x + 0.1 * random.standard_normal(x.shape).astype(np.float32),
+                          lora.init(params, own, jax.random.key(0)))
+  peft.save(tmp_path / 'a', config, adapters, own, base=directory)
+  classifier = (transformers.AutoModelForSequenceClassification if kind == 'sequence'
+                else transformers.AutoModelForTokenClassification)
+  model = classifier.from_pretrained(directory, dtype=torch.float32, num_labels=labels,
+                                     pad_token_id=VOCAB - 1, attn_implementation='eager')
+  opened = theirs.PeftModel.from_pretrained(model, tmp_path / 'a').eval()
+  expected = torch_logits(opened)
+  hidden = our_hidden(config, lora.join(params, adapters, own.scale))
+  got = transformer.head_scores(config, adapters['score'], hidden)
+  got = got[:, -1] if kind == 'sequence' else got
+  np.testing.assert_allclose(got, expected, atol=TOLERANCE)
+
+  opened.save_pretrained(tmp_path / 'theirs')  # and back
+  loaded, _ = peft.load(tmp_path / 'theirs', config)
+  jax.tree.map(np.testing.assert_array_equal, loaded['score'], adapters['score'])
+  whole = hub.load_params(tmp_path / 'theirs', config)
+  jax.tree.map(np.testing.assert_array_equal, whole['score'], adapters['score'])
+  message = hub_models.refusal(peft.load, tmp_path / 'theirs', hub.load_config(directory))
+  assert 'unexpected' in message and '.weight' in message
+
+
+def test_a_fresh_head_on_an_adapter_of_a_language_model(bases, tmp_path):
+  made_by_peft(bases, 'qwen2', tmp_path)
+  config, params = hub.load_config(tmp_path, num_labels=1), hub.load_params(
+      tmp_path, hub.load_config(tmp_path, num_labels=1))
+  body = hub.load_params(tmp_path, hub.load_config(tmp_path))
+  head = params.pop('score')
+  assert head['kernel'].shape == (config.width, 1)
+  jax.tree.map(np.testing.assert_array_equal, params, body)
 
 
 # Training.

@@ -1,8 +1,8 @@
 """Classification and multiple choice: data sets whose rows have answers to choose from.
 
 Whatever the format, a row gets `prompt`, `choices` (texts that follow the prompt as they stand),
-`label` (the place of the right one, None where the row has none) and `completion` (the right one).
-So one file trains, makes preference pairs and evaluates.
+`correct` (the place of the right one, None where the row does not say) and `completion` (the right
+one). So one file trains, makes preference pairs and evaluates.
 """
 
 import re
@@ -70,16 +70,16 @@ def place(label, choices):
 
 def _columns(read):
   """Our four columns, from `read(row) -> (prompt, choices, label)`; choices None where missing."""
-  def label(row):
-    _, choices, given = read(row)
-    return None if not choices else place(given, choices)
+  def correct(row):
+    _, choices, label = read(row)
+    return place(label, choices) if choices else None
 
   def completion(row):
-    found = label(row)
+    found = correct(row)
     return None if found is None else read(row)[1][found]
 
   return {'prompt': lambda row: read(row)[0], 'choices': lambda row: read(row)[1],
-          'label': label, 'completion': completion}
+          'correct': correct, 'completion': completion}
 
 
 def _paraphrase(row, first, second):

@@ -27,11 +27,32 @@ class Pairs:
     return f'{self.prompts} prompts: {len(self.rows)} pairs' + (f' ({reasons})' if reasons else '')
 
 
+def require(rows, columns, what):
+  """Returns `rows` as `sources.Rows` that have all these columns.
+
+  Raises:
+    UserError: one is missing; `what` needs them.
+  """
+  rows = sources.as_rows(rows)
+  for column in columns:
+    if column not in rows.columns:
+      raise config.UserError(
+          f'{rows.name}: {what} need the columns {", ".join(columns)}; found: '
+          f'{", ".join(rows.columns) or "none"}; map one with --columns={column}=<name>')
+  return rows
+
+
+def with_choices(rows):
+  """Returns rows of a format that `choices` knows as `sources.Rows` with the columns it makes."""
+  rows = sources.as_rows(rows)
+  return rows.with_columns(choices_lib.recognise(rows.columns))
+
+
 def from_labels(rows, *, seed=0, every=False):
   """Pairs the right answer with another one.
 
   Args:
-    rows: dicts with `prompt`, `choices` and `label` (see `choices`), such as Quora's.
+    rows: dicts of a format that `choices` knows, such as Quora's.
     seed: of the draw of the other answer, where there are several.
     every: whether each of the other answers makes a pair of its own.
   Returns:
@@ -39,17 +60,16 @@ def from_labels(rows, *, seed=0, every=False):
   Raises:
     UserError: rows without those columns.
   """
-  rows = _require(rows, ('prompt', 'choices', 'label'), 'label pairs')
+  rows = require(with_choices(rows), ('prompt', 'choices', 'correct'), 'label pairs')
   pairs, dropped = [], collections.Counter()
   for number, row in enumerate(rows):
     if not row['prompt'] or not row['choices']:
       dropped['with an empty prompt or choices'] += 1
       continue
-    label = choices_lib.place(row['label'], row['choices'])
-    if label is None:
+    if row['correct'] is None:
       dropped['without a label'] += 1
       continue
-    right = row['choices'][label]
+    right = row['choices'][row['correct']]
     others = [choice for choice in row['choices'] if choice != right]
     if not others:
       dropped['without another answer'] += 1
@@ -72,7 +92,7 @@ def from_endings(rows, samples):
   Raises:
     UserError: rows without those columns.
   """
-  rows = _require(rows, ('prompt', 'completion'), 'ending pairs')
+  rows = require(rows, ('prompt', 'completion'), 'ending pairs')
   pairs, dropped = [], collections.Counter()
   for row, texts in zip(rows, samples, strict=True):
     if not row['prompt'] or not row['completion']:
@@ -140,7 +160,7 @@ def from_scored_rows(rows, *, min_gap=0.0, most=1, separator=''):
   Raises:
     UserError: rows without those columns, or a score that is no number.
   """
-  rows = _require(rows, ('prompt',), 'scored pairs')
+  rows = require(rows, ('prompt',), 'scored pairs')
   text = _first_of(rows, ('completion', 'text'))
   score = _first_of(rows, ('reward', 'score'))
   groups = {}  # messages are no keys, but their spelling is one
@@ -164,16 +184,6 @@ def _why_none(ranked, scored):
     return 'prompts with fewer than two different samples'
   tied = scored[ranked[0]] == scored[ranked[-1]]
   return 'prompts whose samples tie' if tied else 'prompts with a smaller gap'
-
-
-def _require(rows, columns, what):
-  rows = sources.as_rows(rows)
-  for column in columns:
-    if column not in rows.columns:
-      raise config.UserError(
-          f'{rows.name}: {what} need the columns {", ".join(columns)}; found: '
-          f'{", ".join(rows.columns) or "none"}; map one with --columns={column}=<name>')
-  return rows
 
 
 def _first_of(rows, names):

@@ -125,11 +125,12 @@ def load(name_or_path, *, columns=None, limit=None, seed=0, lazy=False):
 
   Args:
     name_or_path: a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.txt` file (a text is one row
-      with the column `text`, numbered poems are rows of their own, see `sonnets`); a folder of them, with `@split` where it holds several (`train` is
-      the default); `arithmetic`, with settings and split as in
-      `arithmetic:max_operand=20,operations=+-@test`; or a hub name `owner/name:config@split`. Or
-      several, as in `a.jsonl*0.7 + b.jsonl*0.3`: each batch then draws from them by weight
-      (`order.Mixture`); without any weight every row of all comes once per epoch.
+      with the column `text`; numbered poems are rows of their own, see `sonnets`); a folder of
+      them, with `@split` where it holds several (`train` is the default); `arithmetic`, with
+      settings and split as in `arithmetic:max_operand=20,operations=+-@test`; or a hub name
+      `owner/name:config@split`. Or several, as in `a.jsonl*0.7 + b.jsonl*0.3`: each batch then
+      draws from them by weight (`order.Mixture`); without any weight every row of all comes once
+      per epoch.
     columns: dict of our column name -> the data set's, e.g. `{'prompt': 'question'}`.
     limit: rows at most, from the start, of each data set; None for all.
     seed: chooses the rows of a built-in task.

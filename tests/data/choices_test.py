@@ -1,4 +1,4 @@
-"""Every format of questions with given answers becomes prompt, choices, label and completion."""
+"""Every format of questions with given answers becomes prompt, choices, correct and completion."""
 
 import collections
 
@@ -38,7 +38,7 @@ def read(row):
      [' no', ' yes'], 1),
 ])
 def test_known_formats(row, prompt, answers, label):
-  assert read(row) == {'prompt': prompt, 'choices': answers, 'label': label,
+  assert read(row) == {'prompt': prompt, 'choices': answers, 'correct': label,
                        'completion': answers[label]}
 
 
@@ -65,17 +65,16 @@ def test_a_label_that_is_none(label):
 def test_rows_without_label_have_no_completion():
   assert read({**_ARC, 'answerKey': ''})['completion'] is None
   assert read({'sentence1': 'a', 'sentence2': None, 'is_duplicate': '1'}) == dict.fromkeys(
-      ('prompt', 'choices', 'label', 'completion'))
+      ('prompt', 'choices', 'correct', 'completion'))
 
 
 def test_quora(shared_data):
   rows = sources.load(shared_data / 'quora' / 'quora_pairs.csv')
-  derived = choices.recognise(rows.columns)
-  assert derived['prompt'](rows[3]) == (
+  assert rows[3]['prompt'] == (
       'Question 1: "What can Trump realistically do for America (i.e. what will hypothetical '
       'America be after Trump?)"\nQuestion 2: "What would America look like under a trump '
       'presidency?"\nAre these questions asking the same thing?')
-  assert derived['completion'](rows[3]) == ' yes' and derived['completion'](rows[0]) == ' no'
-  found = collections.Counter(derived['label'](row) for row in rows)
+  assert rows[3]['completion'] == ' yes' and rows[0]['completion'] == ' no'
+  found = collections.Counter(row['correct'] for row in rows)
   given = collections.Counter(row['is_duplicate'] for row in rows)
   assert found == {0: given['0.0'], 1: given['1.0'], None: 1}

@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 
 from ptjax import config
-from ptjax.data import choices
 from ptjax.data import pairing
 from ptjax.data import sources
 
 
 def test_label_against_other_label(shared_data):
   rows = sources.load(shared_data / 'quora' / 'quora_pairs.csv')
-  rows = sources.Rows(list(rows), name='quora', columns=choices.recognise(rows.columns))
   pairs = pairing.from_labels(rows)
   assert (len(pairs.rows), pairs.prompts) == (11999, 12000)
   assert pairs.dropped == {'without a label': 1}
@@ -108,7 +106,7 @@ def test_scored_rows_of_messages():
 
 
 @pytest.mark.parametrize('make, rows, message', [
-    (pairing.from_labels, [{'prompt': 'p'}], 'need the columns prompt, choices, label; found: prom'),
+    (pairing.from_labels, [{'prompt': 'p'}], 'need the columns prompt, choices, correct; found: p'),
     (lambda rows: pairing.from_endings(rows, [[]]), [{'text': 't'}], 'found: text; map one with'),
     (pairing.from_scored_rows, [{'prompt': 'p', 'text': 't'}], 'need a column reward or score'),
     (pairing.from_scored_rows, [{'prompt': 'p', 'text': 't', 'score': 'good'}],

@@ -14,7 +14,7 @@ class ChoiceTask:
   Attributes:
     name: of its metrics.
     rows: dicts with 'prompt', 'choices' (texts that follow the prompt as they stand, a leading
-      space included) and 'label' (the place of the right one).
+      space included) and 'correct' (the place of the right one).
     positive: None, or the place of the positive answer where every row has the same answers; then
       F1 is measured instead of length-normalised accuracies.
   """
@@ -36,25 +36,24 @@ class ChoiceTask:
     nats = functions.log_likelihood(prompts, answers).nats
     sizes = [len(row['choices']) for row in self.rows]
     per_row = np.split(np.asarray(nats, np.float64), np.cumsum(sizes)[:-1])
-    labels = np.array([row['label'] for row in self.rows])
+    correct = np.array([row['correct'] for row in self.rows])
     chosen = np.array([values.argmax() for values in per_row])
-    metrics = {'acc': _accuracy(chosen, labels, options.level)}
+    metrics = {'acc': _accuracy(chosen, correct, options.level)}
     if self.positive is None:
       for name, length in (('acc_norm', len), ('acc_bytes', lambda text: len(text.encode()))):
         normed = [values / [max(1, length(choice.lstrip())) for choice in row['choices']]
                   for values, row in zip(per_row, self.rows)]
         picked = np.array([values.argmax() for values in normed])
-        metrics[name] = _accuracy(picked, labels, options.level)
+        metrics[name] = _accuracy(picked, correct, options.level)
     else:
-      metrics['f1'] = _f1(chosen == self.positive, labels == self.positive, options.level)
-    records = [{**row, 'chosen': int(place), 'correct': bool(place == row['label']),
-                'nats': [float(value) for value in values]}
+      metrics['f1'] = _f1(chosen == self.positive, correct == self.positive, options.level)
+    records = [{**row, 'chosen': int(place), 'nats': [float(value) for value in values]}
                for row, place, values in zip(self.rows, chosen, per_row)]
     return metrics, records
 
 
-def _accuracy(chosen, labels, level):
-  return intervals.proportion((chosen == labels).astype(np.float64)[:, None], level)
+def _accuracy(chosen, correct, level):
+  return intervals.proportion((chosen == correct).astype(np.float64)[:, None], level)
 
 
 def _f1(predicted, actual, level):

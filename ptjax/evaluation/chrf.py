@@ -23,8 +23,8 @@ def make_chrf(*, whole=False, char_order=6, word_order=0, beta=2):
   try:
     from sacrebleu import metrics
   except ImportError as error:
-    raise config.UserError('chrF needs sacrebleu; install it with '
-                           "`python -m pip install 'ptjax[eval]'`") from error
+    raise config.UserError('chrF needs sacrebleu; install it with `python -m pip install '
+                           'sacrebleu` (it is in the extra `eval`)') from error
   metric = metrics.CHRF(char_order=char_order, word_order=word_order, beta=beta)
 
   def scorer(rows, completions):

@@ -28,21 +28,26 @@ class PerplexityTask:
 def measure(rows, log_likelihood, level):
   """Returns `nats_per_token`, `nats_per_byte` and `perplexity`, and a record per row.
 
-  Sums over all rows are divided, so long rows count for more; the rows are what is drawn.
-  `perplexity` is exp(nats_per_token), its interval that of the exponent. Bytes are those of the
-  UTF-8 text, whatever the tokenizer, and absent where completions are messages.
+  Sums over all rows are divided, so long rows count for more; the rows are what is drawn, or, of a
+  single row, the windows it is read in. `perplexity` is exp(nats_per_token), its interval that of
+  the exponent. Bytes are those of the UTF-8 text, whatever the tokenizer, and absent where
+  completions are messages.
   """
   whole = 'text' in rows[0]
   prompts = ['' if whole else row['prompt'] for row in rows]
   texts = [row['text' if whole else 'completion'] for row in rows]
   found = log_likelihood(prompts, texts, end=not whole)
-  nats = -np.asarray(found.nats, np.float64)
-  per_token = intervals.ratio(nats, found.tokens, level)
+  nats, tokens = found.windows if len(rows) == 1 else (found.nats, found.tokens)
+  nats, tokens = -np.asarray(nats, np.float64), np.asarray(tokens, np.float64)
+  per_token = intervals.ratio(nats, tokens, level)
   metrics = {'nats_per_token': per_token, 'perplexity': intervals.Metric(
       float(np.exp(per_token.value)), float(np.exp(per_token.value) * per_token.se),  # delta method
       float(np.exp(per_token.low)), float(np.exp(per_token.high)))}
   if all(isinstance(text, str) for text in texts):
-    metrics['nats_per_byte'] = intervals.ratio(nats, [len(text.encode()) for text in texts], level)
-  records = [{**row, 'nats': float(value), 'tokens': int(count)}
-             for row, value, count in zip(rows, nats, found.tokens)]
+    sizes = np.array([len(text.encode()) for text in texts])
+    if len(rows) == 1:
+      sizes = sizes[0] * tokens / tokens.sum()  # a window's own bytes are not known
+    metrics['nats_per_byte'] = intervals.ratio(nats, sizes, level)
+  records = [{**row, 'nats': -float(value), 'tokens': int(count)}
+             for row, value, count in zip(rows, found.nats, found.tokens)]
   return metrics, records

@@ -5,6 +5,7 @@ from typing import Callable
 
 from ptjax import config
 from ptjax.data import choices
+from ptjax.data import pairing
 from ptjax.data import sources
 from ptjax.evaluation import chrf
 from ptjax.evaluation import choice
@@ -73,7 +74,7 @@ def recognise(name, rows):
     return 'arithmetic'
   rows = sources.as_rows(rows)
   columns = set(rows.columns)
-  if {'prompt', 'choices', 'label'} <= columns:
+  if choices.recognise(columns) or {'prompt', 'choices', 'correct'} <= columns:
     return 'quora' if 'is_duplicate' in columns else 'choice'
   if {'chosen', 'rejected'} <= columns:
     return 'pairs'
@@ -95,7 +96,7 @@ def make(kind, rows, *, name=None, max_tokens=None, limit=None, pool=None, beta=
     kind: what `names` lists. 'arithmetic' (integer answers), 'gsm8k' (`#### 72`), 'math'
       (`\\boxed{}`): `prompt` and `answer`, answered by generating. 'sonnets': `prompt` and
       `completion`, continued and compared by chrF. 'quora' (two answers, accuracy and F1) and
-      'choice' (any answers, accuracies): `prompt`, `choices` and `label`, by likelihood.
+      'choice' (any answers, accuracies): a format that `data.choices` knows, by likelihood.
       'perplexity': `text`, or `prompt` and `completion`. 'pairs': `prompt`, `chosen` and
       `rejected`, by a reward model's scores or by likelihood.
     rows: dicts with those columns.
@@ -157,12 +158,11 @@ def _choice(name, rows, limit, **unused):
   def usable(row):
     if not row['prompt'] or not row['choices']:
       return 'with an empty prompt or choices'
-    return 'without a label' if choices.place(row['label'], row['choices']) is None else None
+    return 'without a label' if row['correct'] is None else None
 
-  _check_columns(name, rows, ('prompt', 'choices', 'label'))
-  rows = evaluate.admit(name, rows, limit=limit, usable=usable)
-  return choice.ChoiceTask(
-      name, tuple({**row, 'label': choices.place(row['label'], row['choices'])} for row in rows))
+  rows = pairing.with_choices(rows)
+  _check_columns(name, rows, ('prompt', 'choices', 'correct'))
+  return choice.ChoiceTask(name, evaluate.admit(name, rows, limit=limit, usable=usable))
 
 
 def _perplexity(name, rows, limit, **unused):

@@ -26,8 +26,9 @@ def run(task, table, **options):
 
 
 def test_accuracies_by_length():
-  rows = ({'prompt': 'p', 'choices': [' ab', ' abcdefgh', ' \u00e9\u00e9\u00e9\u00e9'], 'label': 1},
-          {'prompt': 'q', 'choices': [' x', ' y'], 'label': 1})
+  rows = ({'prompt': 'p', 'correct': 1,
+           'choices': [' ab', ' abcdefgh', ' \u00e9\u00e9\u00e9\u00e9']},
+          {'prompt': 'q', 'choices': [' x', ' y'], 'correct': 1})
   table = {('p', ' ab'): -3.0, ('p', ' abcdefgh'): -8.0, ('p', ' \u00e9\u00e9\u00e9\u00e9'): -3.9,
            ('q', ' x'): -2.0, ('q', ' y'): -2.0}
   # p in total: the first (-3). Per character: -1.5, -1.0, -0.975, so the third. Per byte:
@@ -39,12 +40,13 @@ def test_accuracies_by_length():
   found = run(choice.ChoiceTask('c', rows), table)
   assert (found['acc'], found['acc_norm'], found['acc_bytes']) == (0, 0.5, 0)
   assert 'f1' not in found
-  assert records[0]['chosen'] == 0 and records[0]['correct'] is False
+  assert records[0]['chosen'] == 0 and records[0]['correct'] == 1
   assert records[0]['nats'] == [-3.0, -8.0, -3.9]
 
 
 def test_accuracy_has_wilsons_interval():
-  rows = tuple({'prompt': str(i), 'choices': [' a', ' b', ' c'], 'label': i % 3} for i in range(20))
+  rows = tuple({'prompt': str(i), 'choices': [' a', ' b', ' c'], 'correct': i % 3}
+               for i in range(20))
   table = {(str(i), ' ' + c): -float(c != 'a') for i in range(20) for c in 'abc'}
   found = run(choice.ChoiceTask('c', rows), table)
   right = sum(i % 3 == 0 for i in range(20))
@@ -55,7 +57,7 @@ def test_accuracy_has_wilsons_interval():
 
 
 def two_answers(predicted, actual):
-  rows = tuple({'prompt': str(i), 'choices': [' no', ' yes'], 'label': label}
+  rows = tuple({'prompt': str(i), 'choices': [' no', ' yes'], 'correct': label}
                for i, label in enumerate(actual))
   table = {(str(i), answer): -1.0 - (place != guess) for i, guess in enumerate(predicted)
            for place, answer in enumerate((' no', ' yes'))}

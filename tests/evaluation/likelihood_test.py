@@ -108,7 +108,11 @@ def test_windows_score_every_token_once(length, context):
   # Periodic, so that windows read the same: they are still different windows.
   text = ('ab' * length)[:length]
   log_likelihood, outputs = make(8, context=context)
-  check(log_likelihood([''], [text]), [''], [text])
+  found = log_likelihood([''], [text])
+  check(found, [''], [text])
+  nats, tokens = found.windows
+  assert nats.sum() == pytest.approx(found.nats[0]) and tokens.sum() == length
+  assert len(tokens) == (1 if length == 7 else -(-length // (8 - context)))
   for batch in outputs.batches:
     starts = batch.prompt_tokens[:, 0] == TOKENIZER.bos_token_id
     assert (batch.prompt_lengths[~starts] >= context).all()
@@ -170,6 +174,20 @@ def test_a_frozen_model_answers_once():
   assert recall([message], ['a']) == recall([list(message)], ['a']) == 1
   assert recall([message], ['a'], end=True) == 2 and recall([message], ['b']) == 3
   assert calls == [False, True, False]
+
+
+def test_scores_of_a_reward_model():
+  """A reward that counts the letters a of the answer and is read at the end token."""
+  a, end = TOKENIZER.convert_tokens_to_ids('a'), TOKENIZER.eos_token_id
+  def outputs(batch):
+    last = np.take_along_axis(batch.tokens, batch.loss_mask.sum(1)[:, None] - 1, axis=1)
+    assert (last == end).all()
+    return {'scores': ((batch.tokens == a) & batch.loss_mask).sum(1)}
+  score = likelihood.make_score(outputs, TOKENIZER, end_ids=(end,), max_tokens=48, batch_size=4)
+  prompts, answers = ['ab' * 30, 'b', 'b', 'c'] * 3, texts(12, 20, 5)
+  np.testing.assert_array_equal(score(prompts, answers), [text.count('a') for text in answers])
+  with pytest.raises(config.UserError, match='a completion of 51 tokens; a reward model reads at'):
+    score(['a'], ['b' * 50])
 
 
 @pytest.fixture(scope='module')

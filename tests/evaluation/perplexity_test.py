@@ -51,3 +51,17 @@ def test_messages_have_no_bytes():
   found = evaluate.evaluate(perplexity.PerplexityTask('t', rows),
                             log_likelihood=knowing(['p0', 'p1', 'p2'], True))
   assert 'eval/t/perplexity' in found and 'eval/t/nats_per_byte' not in found
+
+
+def test_of_one_text_the_windows_are_drawn():
+  def log_likelihood(prompts, completions, *, end=False):
+    return likelihood.Likelihoods(NATS.sum()[None], TOKENS.sum()[None], np.zeros(1, bool),
+                                  (NATS, TOKENS))
+  found = evaluate.evaluate(perplexity.PerplexityTask('t', ({'text': 'x' * 26},)),
+                            log_likelihood=log_likelihood)
+  per_token = 21 / 13
+  residuals = -NATS - per_token * TOKENS
+  se = math.sqrt(3 / 2 * (residuals**2).sum()) / 13
+  assert found['eval/t/nats_per_token_se'] == pytest.approx(se)
+  assert found['eval/t/nats_per_byte'] == pytest.approx(per_token / 2)
+  assert found['eval/t/nats_per_byte_se'] == pytest.approx(se / 2)

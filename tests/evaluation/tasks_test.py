@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from ptjax import config
-from ptjax.data import choices
 from ptjax.data import sonnets
 from ptjax.data import sources
 from ptjax.evaluation import choice
@@ -56,7 +55,7 @@ def test_a_task_of_the_users_reward():
      "row 1 has no 'prompt'; found: question, answer; map one with --set data.columns.prompt="),
     ('math', [{'prompt': 'p', 'answer': None}], "row 0 has no 'answer'"),
     ('sonnets', [{'prompt': 'p', 'completion': None}], "row 0 has no 'completion'"),
-    ('choice', [{'prompt': 'p', 'label': 0}], 'needs the columns prompt, choices, label; found: p'),
+    ('choice', [{'prompt': 'p', 'label': 0}], 'needs the columns prompt, choices, correct; found: '),
     ('quora', [{'prompt': 'p', 'choices': [' no', ' yes'], 'label': ''}],
      'no rows left: 1 without a label'),
     ('choice', [{'prompt': 'p', 'choices': ['a', 'b'], 'label': 2}], 'label 2: expected a place'),
@@ -72,8 +71,7 @@ def test_unusable_rows(kind, rows, message):
 
 
 def quora(shared_data):
-  rows = sources.load(shared_data / 'quora' / 'quora_pairs.csv', limit=None)
-  return sources.Rows(list(rows), name='quora', columns=choices.recognise(rows.columns))
+  return sources.load(shared_data / 'quora' / 'quora_pairs.csv')
 
 
 def test_quora_by_an_oracle_and_by_a_coin(shared_data, caplog):
@@ -82,8 +80,8 @@ def test_quora_by_an_oracle_and_by_a_coin(shared_data, caplog):
     task = tasks.make('quora', rows)
   assert "evaluation 'quora': 1 of 12000 rows dropped (1 without a label)" in caplog.text
   assert isinstance(task, choice.ChoiceTask) and len(task.rows) == 11999
-  labels = {row['prompt']: row['label'] for row in task.rows}
-  actual = np.array([row['label'] for row in task.rows])
+  labels = {row['prompt']: row['correct'] for row in task.rows}
+  actual = np.array([row['correct'] for row in task.rows])
 
   def answering(says_yes):
     def log_likelihood(prompts, completions, *, end=False):

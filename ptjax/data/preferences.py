@@ -51,7 +51,7 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(),
     if not all(group):
       reader.drop(intake.empty('prompt', *names))
       continue
-    split = _split(row.get('prompt'), group, reader.row_name(i))
+    split = split_pair(row.get('prompt'), group, reader.row_name(i))
     if isinstance(split, str):
       reader.drop(split)
     elif reader.keep(i, *split[1], parts=('prompt', *names)):
@@ -84,12 +84,18 @@ def _encode(reader, questions, answers, implicit):
   return prompts, completions
 
 
-def _split(prompt, group, where):
-  """Takes a pair apart.
+def split_pair(prompt, group, where):
+  """Takes a pair apart into a prompt and what follows it.
 
+  Args:
+    prompt: text, messages or None.
+    group: the completions, none empty: texts or messages, perhaps with the prompt in front.
+    where: names the row in errors.
   Returns:
     (prompt, completions); the prompt is None where the completions are texts of which `chat.shared`
     must find the common part. Or the reason to drop the row.
+  Raises:
+    UserError: cells of different kinds.
   """
   if all(isinstance(answer, str) for answer in group):
     if prompt:

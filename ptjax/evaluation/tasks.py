@@ -6,6 +6,7 @@ from typing import Callable
 from ptjax import config
 from ptjax.data import choices
 from ptjax.data import pairing
+from ptjax.data import preferences
 from ptjax.data import sources
 from ptjax.evaluation import chrf
 from ptjax.evaluation import choice
@@ -97,8 +98,8 @@ def make(kind, rows, *, name=None, max_tokens=None, limit=None, pool=None, beta=
       (`\\boxed{}`): `prompt` and `answer`, answered by generating. 'sonnets': `prompt` and
       `completion`, continued and compared by chrF. 'quora' (two answers, accuracy and F1) and
       'choice' (any answers, accuracies): a format that `data.choices` knows, by likelihood.
-      'perplexity': `text`, or `prompt` and `completion`. 'pairs': `prompt`, `chosen` and
-      `rejected`, by a reward model's scores or by likelihood.
+      'perplexity': `text`, or `prompt` and `completion`. 'pairs': `chosen` and `rejected`, as
+      for training, by a reward model's scores or by likelihood.
     rows: dicts with those columns.
     name: of the metrics; None takes `kind`.
     max_tokens: see `EvalTask`.
@@ -173,13 +174,24 @@ def _perplexity(name, rows, limit, **unused):
 
 
 def _pairs(name, rows, limit, *, beta, **unused):
-  def usable(row):
+  def explicit(place, row):
+    """The row with its prompt apart, or the reason why it is none."""
     if not row['chosen'] or not row['rejected']:
       return 'with an empty answer'
-    return 'with identical answers' if row['chosen'] == row['rejected'] else None
+    if row['chosen'] == row['rejected']:
+      return 'with identical answers'
+    found = preferences.split_pair(row.get('prompt'), [row['chosen'], row['rejected']],
+                                   f'evaluation {name!r}, row {place + 1}')
+    if isinstance(found, str):
+      return found
+    prompt, (chosen, rejected) = found
+    # Without a prompt whole texts are compared; what they share cancels.
+    return {**row, 'prompt': prompt or '', 'chosen': chosen, 'rejected': rejected}
 
-  _check_columns(name, rows, ('prompt', 'chosen', 'rejected'))
-  return pairs.PairTask(name, evaluate.admit(name, rows, limit=limit, usable=usable), beta)
+  _check_columns(name, rows, ('chosen', 'rejected'))
+  rows = [explicit(place, row) for place, row in enumerate(rows)]
+  return pairs.PairTask(name, evaluate.admit(
+      name, rows, limit=limit, usable=lambda row: row if isinstance(row, str) else None), beta)
 
 
 _KINDS = {'arithmetic': _arithmetic, 'gsm8k': _math('hash'), 'math': _math('boxed'),

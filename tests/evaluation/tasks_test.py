@@ -149,6 +149,19 @@ def test_every_kind_has_a_task():
   assert tasks.make('perplexity', text) == perplexity.PerplexityTask('perplexity', tuple(text))
 
 
+def test_pairs_of_every_format(shared_data):
+  def load(name, limit=5):
+    return tasks.make('pairs', sources.load(shared_data / 'preference' / name, limit=limit)).rows
+  for row in load('dpo_en.json'):  # conversations with one answer each
+    assert row['prompt'][-1]['role'] == 'user' and row['chosen'][0]['role'] == 'assistant'
+  for row in load('hh_harmless_mild.jsonl'):  # whole dialogues
+    assert row['prompt'].endswith('\n\nAssistant:') and 'Assistant:' not in row['chosen']
+  for row in load('persona_agreeableness.jsonl'):
+    assert {row['chosen'], row['rejected']} == {' Yes', ' No'}
+  whole, = tasks.make('pairs', [{'chosen': 'A good day.', 'rejected': 'A bad day.'}]).rows
+  assert (whole['prompt'], whole['chosen']) == ('', 'A good day.')
+
+
 def test_continuations_also_have_a_likelihood():
   pytest.importorskip('sacrebleu')
   rows = [{'prompt': 'p', 'completion': 'abcdef'}, {'prompt': 'q', 'completion': 'ghijkl'}]

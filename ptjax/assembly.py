@@ -141,7 +141,7 @@ def load_policy(config, *, num_labels=0):
     UserError: neither a preset, nor a model directory, nor a hub name.
   """
   dtypes = {'dtype': config.model_settings.dtype, 'param_dtype': config.model_settings.param_dtype,
-            **({'num_labels': num_labels} if num_labels else {})}
+            'num_labels': num_labels}
   key = keys.stream(config.seed, 'init')
   if config.model in presets.names():
     task = config.dataset.partition(':')[0].partition('@')[0]
@@ -160,7 +160,7 @@ def load_policy(config, *, num_labels=0):
   if not stop_ids:
     tokenizers.eos_ids(tokenizer)  # says what is missing
   return Policy(model, tokenizer, stop_ids, lambda shardings: hub.load_params(
-      config.model, model, shardings=shardings))
+      config.model, model, shardings=shardings, key=key))
 
 
 def check(plans, model, mesh):

@@ -60,7 +60,7 @@ def load_data(config, plans, policy, *, parts=1):
     if not plan.online:
       held_out[plan.stage.index] = _load_held_out(plan, policy)
   return Data(doors, {k: v for k, v in held_out.items() if v is not None}, rewards,
-              _evaluation_task(config, task, rewards))
+              _evaluation_task(config, policy, task, rewards, measured=any(held_out.values())))
 
 
 def load_rows(config):
@@ -131,7 +131,8 @@ def _load_held_out(plan, policy):
     name = config.dataset.partition('@')[0] + '@test'
   if name is None:
     return None
-  rows = sources.load(name, columns=config.data.columns, limit=config.eval.limit, seed=config.seed)
+  rows = sources.load(tasks.split(name)[1], columns=config.data.columns, limit=config.eval.limit,
+                      seed=config.seed)
   try:
     formats.require(rows, plan.row.door)
   except settings.UserError:
@@ -156,20 +157,37 @@ def _load_rewards(config, task, rows):
   return rewards
 
 
-def _evaluation_task(config, task, rewards):
-  """The rows to evaluate on: those asked for, or a built-in task's own held-out ones."""
-  name = config.eval.dataset
+def _evaluation_task(config, policy, task, rewards, *, measured):
+  """The rows to evaluate on: those asked for, or a built-in task's own held-out ones.
+
+  Args:
+    config: config.Config.
+    policy: assembly.Policy.
+    task: which built-in task the training rows are, or None.
+    rewards: RewardSet, or None.
+    measured: whether some stage measures its own loss on the rows asked for.
+  """
+  name, scores = config.eval.dataset, bool(policy.config.num_labels)
   if name is None:
-    if config.dataset.partition(':')[0].partition('@')[0] not in sources.TASKS:
+    if scores or config.dataset.partition(':')[0].partition('@')[0] not in sources.TASKS:
       return None
     name = config.dataset.partition('@')[0] + '@test'
-  rows = sources.load(name, columns=config.data.columns, limit=config.eval.limit, seed=config.seed)
-  kind = task_of(name, rows) or task
+  asked, path = tasks.split(name)
+  rows = sources.load(path, columns=config.data.columns, limit=config.eval.limit, seed=config.seed)
+  kind = tasks.recognise(name, rows) or task
+  if asked is None and measured and kind in (None, 'perplexity', 'pairs') and not (
+      scores and kind == 'pairs'):
+    return None  # the method's own metrics say the same
   if kind is not None:
-    return tasks.make(kind, rows)
+    made = tasks.make(kind, rows)
+    if scores and ('score',) not in made.needs:
+      raise settings.UserError(f'--eval_dataset={name}: a reward model writes nothing; give it rows '
+                               'with `chosen` and `rejected`')
+    return made
   if rewards is None:
-    raise settings.UserError(f'--eval_dataset={name}: no answers to compare with; expected rows '
-                             'with an `answer` column, as arithmetic, GSM8K or MATH have')
+    raise settings.UserError(
+        f'--eval_dataset={name}: no task has these columns ({", ".join(rows.columns)}); name one '
+        f'before the path, as in {tasks.names()[0]}:{path} ({", ".join(tasks.names())})')
   return tasks.rewarded('held_out', rows, rewards)
 
 

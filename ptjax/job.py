@@ -9,6 +9,7 @@ import traceback
 
 import jax
 
+from ptjax import asking
 from ptjax import assembly
 from ptjax import config as settings
 from ptjax import doors
@@ -199,10 +200,17 @@ class _Run:
     """Returns `evaluate(params) -> metrics`, or None where there is nothing to evaluate on."""
     if self._data.evaluation is None:
       return None
-    settings_ = self._config.eval
-    generate = assembly.make_generate(self._config, self._policies['policy'], self._mesh)
+    config, policy = self._config, self._policies['policy']
+    task, options = self._data.evaluation, config.eval
+    asks = {'max_tokens': config.data.max_prompt_tokens + config.rollout.max_completion_tokens,
+            'batch_size': options.batch_size}
+    if policy.config.num_labels:
+      functions = {'score': asking.make_score(policy, self._mesh, **asks)}
+    else:
+      functions = {'generate': assembly.make_generate(config, policy, self._mesh),
+                   'log_likelihood': asking.make_log_likelihood(policy, self._mesh, **asks)}
+
     def evaluate(params):
-      return evaluation.evaluate(
-          self._data.evaluation, functools.partial(generate, params),
-          samples=settings_.samples, ks=settings_.k)
+      return evaluation.evaluate(task, samples=options.samples, ks=options.k, **{
+          name: functools.partial(function, params) for name, function in functions.items()})
     return evaluate

@@ -13,7 +13,7 @@ FLOORS = {
     'losses': 2, 'models': 2, 'data': 2, 'rewards': 2,
     'algorithms': 3, 'rollout': 3,
     'training': 4, 'evaluation': 4,
-    'assembly': 5, 'doors': 5, 'stages': 5, 'stage_run': 5, 'reference': 5, 'job': 5, 'planner': 5, 'dry_run': 5, 'collectives': 5,
+    'asking': 5, 'assembly': 5, 'doors': 5, 'stages': 5, 'stage_run': 5, 'reference': 5, 'job': 5, 'planner': 5, 'dry_run': 5, 'collectives': 5,
     'launch': 5,
     'inspect': 5,
 }

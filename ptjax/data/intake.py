@@ -15,6 +15,13 @@ class Intake:
   dropped: dict  # reason -> rows
   pieces: int | None = None  # that the kept rows were cut into, where they are
 
+  def __add__(self, other):
+    """Returns the counts of both together."""
+    pieces = None if self.pieces is None else self.pieces + other.pieces
+    return Intake(self.rows + other.rows, self.kept + other.kept, self.truncated + other.truncated,
+                  dict(collections.Counter(self.dropped) + collections.Counter(other.dropped)),
+                  pieces)
+
   def __str__(self):
     text = f'{self.rows} rows: {self.kept} kept'
     if self.pieces is not None:

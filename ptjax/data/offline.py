@@ -30,7 +30,7 @@ class OfflineDoor:
         chooses them.
     """
     self.examples = examples
-    self._fill = fill
+    self._fill, self._bucket, self._name = fill, bucket, name
     self._per_token = dict(examples.per_token)
     self._prompt_lengths, lengths = examples.lengths()
     self._completion_lengths = lengths.max(1)  # [N]
@@ -38,6 +38,11 @@ class OfflineDoor:
         len(examples), batch_size, seed, name, mixture=examples.mixture,
         lengths=np.stack([self._completion_lengths, self._prompt_lengths], 1) if bucket else None)
     self.shapes = self._choose_shapes() if shapes is None else shapes
+
+  def like(self, examples, *, seed):
+    """Returns a door to other examples whose batches have the sizes of this one's."""
+    return OfflineDoor(examples, batch_size=self.order.batch_size, seed=seed, fill=self._fill,
+                       bucket=self._bucket, name=self._name, shapes=self.shapes)
 
   def __len__(self):
     return len(self.examples)

@@ -29,7 +29,7 @@ class PackedDoor:
   """
 
   def __init__(self, examples, *, batch_size=None, tokens_per_batch=None, tokens=None, multiple=1,
-               seed=0, fill=0, name='demonstrations'):
+               seed=0, fill=0, name='demonstrations', shapes=None):
     """Sets the batches up.
 
     Args:
@@ -42,6 +42,7 @@ class PackedDoor:
       seed: of the order; None keeps the order of equally long examples.
       fill: id that fills padding; never read.
       name: of the order's random stream.
+      shapes: batching.Shapes of the number of targets, to share with other doors; None chooses.
     Raises:
       UserError: an example longer than a row.
       ValueError: examples with several completions, or inputs that a packed row cannot hold.
@@ -52,7 +53,7 @@ class PackedDoor:
     if (batch_size is None) == (tokens_per_batch is None):
       raise ValueError('give batch_size or tokens_per_batch')
     self.examples = examples
-    self._fill, self._seed = fill, seed
+    self._fill, self._seed, self._name, self._multiple = fill, seed, name, multiple
     self._per_token = dict(examples.per_token)
     prompts, completions = examples.lengths()
     self._lengths = prompts + completions[:, 0]  # [N]
@@ -74,7 +75,13 @@ class PackedDoor:
       self.rows_per_batch = math.ceil(rows / steps / multiple) * multiple
     self._starts = [0]  # first step of each epoch, as far as known
     self._plan = functools.lru_cache(maxsize=2)(self._pack)
-    self.shapes = self._choose_shapes()
+    self.shapes = self._choose_shapes() if shapes is None else shapes
+
+  def like(self, examples, *, seed):
+    """Returns a door to other examples whose batches have the sizes of this one's."""
+    return PackedDoor(examples, tokens_per_batch=self.width * self.rows_per_batch,
+                      tokens=self.width, multiple=self._multiple, seed=seed, fill=self._fill,
+                      name=self._name, shapes=self.shapes)
 
   def __len__(self):
     return len(self.examples)

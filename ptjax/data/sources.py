@@ -68,7 +68,8 @@ class Rows(abc.Sequence):
   def select(self, places):
     """Returns the rows at these places, in that order, still knowing their numbers."""
     places = [range(len(self))[int(place)] for place in places]
-    chosen = _Chosen(self._rows, places, self._own)
+    table = hasattr(self._rows, 'select')  # a datasets.Dataset reads many rows at once
+    chosen = self._rows.select(places) if table else _Chosen(self._rows, places, self._own)
     return Rows(chosen, name=self.name, columns=self._derived,
                 mixture=None if self.mixture is None else self.mixture.take(places),
                 numbers=[self.number(place) for place in places])

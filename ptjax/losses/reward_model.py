@@ -128,7 +128,7 @@ def prm_loss(step_logits, *, step_labels, step_mask):
   good = _step_log_odds(step_logits, step_mask)
   chex.assert_equal_shape([good, step_labels], exception_type=ValueError,
                           custom_message='step_labels must be [B, T] as step_mask')
-  labels = jnp.where(step_mask, jnp.asarray(step_labels, good.dtype), 0.0)
+  labels = jnp.asarray(step_labels, good.dtype)
   losses = labels * link.logistic(good) + (1.0 - labels) * link.logistic(-good)
   count = jnp.maximum(step_mask.sum(), 1).astype(good.dtype)
   def mean(values):

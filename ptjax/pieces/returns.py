@@ -72,7 +72,7 @@ def gae(token_rewards_, values, loss_mask, *, discount=1.0, gae_lambda=0.95):
              jnp.where(on_mask, advantage, next_advantage))
     return carry, jnp.where(on_mask, advantage, 0.0)
 
-  start = (jnp.zeros_like(values[:, 0]),) * 2
+  start = (jnp.zeros_like(values, shape=len(values)),) * 2
   columns = jax.tree.map(jnp.transpose, (rewards, values, loss_mask))
   _, advantages = jax.lax.scan(backwards, start, columns, reverse=True)
   return advantages.T, advantages.T + values

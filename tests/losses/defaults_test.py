@@ -116,7 +116,8 @@ MODIFIERS = {
 # Estimators that no row takes: whoever composes a loss gets these.
 FURTHER = {
     advantage.optimal_value: dict(temperature=0.5), advantage.batch_normalized: dict(epsilon=1e-4),
-    returns.whiten: dict(epsilon=1e-8), returns.optimal_token_baseline: dict(discount=1.0)}
+    returns.whiten: dict(epsilon=1e-8), returns.gae: dict(discount=1.0, gae_lambda=0.95),
+    returns.optimal_token_baseline: dict(discount=1.0)}
 
 
 @pytest.mark.parametrize('name', algorithms.names())

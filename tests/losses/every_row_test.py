@@ -4,6 +4,7 @@ On the inspector's built-in batch, advantages estimated as the row says, in floa
 gradients themselves are held against closed forms elsewhere.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -147,6 +148,17 @@ def test_the_order_of_prompts_changes_nothing(name):
   np.testing.assert_allclose(moved_loss, loss, rtol=1e-9)
   for output, gradient in gradients.items():
     np.testing.assert_allclose(moved[output], reordered(gradient), rtol=1e-8, atol=1e-14)
+
+
+@every_row
+def test_metrics_carry_no_gradient(name):
+  """Whoever adds one to a loss by mistake changes nothing."""
+  row = algorithms.get(name)
+  @functools.wraps(row.loss)
+  def reported(*args, **kwargs):
+    return sum(row.loss(*args, **kwargs)[1].values(), 0.0)
+  bound = bounds.bind(dataclasses.replace(row, loss=reported), example.batch(row.loss), {})
+  assert not any(g.any() for g in jax.tree.leaves(jax.jit(jax.grad(bound))(bound.outputs)))
 
 
 DRAWS = {'sampo', 'betadpo', 'clip_cov'}

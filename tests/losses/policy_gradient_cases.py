@@ -80,7 +80,7 @@ CASES = [
     Case('dr_grpo', pg.dr_grpo_loss, dict(kl, max_completion_tokens=9)),
     Case('sgrpo', pg.sgrpo_loss, dict(kl, entropy_coefficient=0.2), True),
     Case('ppo', pg.ppo_loss, critic, True, 'token_advantages'),
-    Case('ppo_dual_clip', pg.ppo_dual_clip_loss, dict(critic, max_ratio=1.5), True,
+    Case('ppo_dual_clip', pg.ppo_dual_clip_loss, dict(critic, max_ratio=1.2), True,
          'token_advantages'),
     Case('reinforce_pp_baseline', pg.reinforce_pp_baseline_loss, kl, False, 'token_advantages'),
     Case('cispo', pg.cispo_loss, {'max_ratio': 1.2}),

@@ -148,7 +148,7 @@ def test_binary_losses_match_the_closed_form(loss, scale):
 
 
 def step_arrays():
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(7)
   mask = np.zeros((2, T), bool)
   mask[0, [1, 3]] = mask[1, 4] = True
   logits = np.where(mask[..., None], rng.normal(size=(2, T, 2)), np.nan)
@@ -169,9 +169,12 @@ def test_prm_is_cross_entropy_at_the_separators(soft):
   with jax.enable_x64(True):
     loss = functools.partial(reward_model.prm_loss, step_labels=jnp.asarray(labels),
                              step_mask=jnp.asarray(mask))
-    (value, _), got = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(logits))
+    (value, metrics), got = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(logits))
   np.testing.assert_allclose(value, want, rtol=1e-12)
   np.testing.assert_allclose(got, grad, atol=1e-12)
+  right = (logits[..., 1] > logits[..., 0]) == (labels > 0.5)
+  assert 0 < right[mask].mean() < 1
+  np.testing.assert_allclose(metrics['accuracy'], right[mask].mean())
 
 
 def test_prm_scores_are_the_minimum_and_the_product_over_steps():

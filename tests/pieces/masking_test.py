@@ -36,3 +36,13 @@ def test_errors_name_the_argument():
 
 def test_lengths_of_empty_rows_are_one():
   np.testing.assert_array_equal(masking.lengths(jnp.array([[True, True], [False, False]])), [2, 1])
+
+
+def test_groups_may_be_of_one_unless_a_baseline_needs_more():
+  rewards = jnp.arange(4.0)
+  assert masking.in_groups(rewards, 1).shape == (4, 1)
+  assert masking.in_groups(rewards, 2, at_least=2).shape == (2, 2)
+  with pytest.raises(ValueError, match='group_size=1 .*at least 2'):
+    masking.in_groups(rewards, 1, at_least=2)
+  with pytest.raises(ValueError, match='4 completions do not split into groups of group_size=3'):
+    masking.in_groups(rewards, 3)

@@ -30,6 +30,12 @@ def test_cumulative_is_the_mean_of_everything():
   assert state.count == 6
 
 
+def test_a_first_batch_of_one_is_a_start_already():
+  state = running.exponential(running.INITIAL, jnp.array([3.0]), decay=0.9, warm_start=True)
+  state = running.exponential(state, jnp.array([5.0]), decay=0.9, warm_start=True)
+  np.testing.assert_allclose(state.mean, 0.9 * 3.0 + 0.1 * 5.0, rtol=1e-6)
+
+
 def test_one_value_has_no_spread():
   assert running.exponential(running.INITIAL, jnp.array([3.0]), decay=0.9).std == 0.0
 

@@ -2,10 +2,14 @@
 
 import importlib.util
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'mutate_losses.py'
+sys.path.insert(0, str(SCRIPT.parent))
+import faults
 
 PLANTED = '''
 def margin(chosen_reward, base):
@@ -30,30 +34,34 @@ def script():
   return module
 
 
-def plant(root, test):
-  for path, text in (('ptjax/pieces/planted.py', PLANTED), ('tests/pieces/planted_test.py', test),
+def run(root, test):
+  """The script's (exit code, output) on a planted module with this test of it."""
+  for path, text in (('ptjax/__init__.py', ''), ('ptjax/pieces/__init__.py', ''),
+                     ('ptjax/pieces/planted.py', PLANTED), ('tests/pieces/planted_test.py', test),
                      ('setup.cfg', '[tool:pytest]\naddopts = --import-mode=importlib\n')):
     (root / path).parent.mkdir(parents=True, exist_ok=True)
     (root / path).write_text(text)
-  return ['--root', str(root), '--parallel', '1', '--file', 'ptjax/pieces/planted.py']
+  done = subprocess.run(
+      [sys.executable, SCRIPT, '--root', root, '--file', 'ptjax/pieces/planted.py'],
+      capture_output=True, text=True)  # it forks, which a process that has run JAX must not
+  return done.returncode, done.stdout + done.stderr
 
 
-def test_faults_are_planted_and_survivors_named(script, tmp_path, capsys):
-  arguments = plant(tmp_path, TEST)
-  found = script.mutants_of(tmp_path, 'ptjax/pieces/planted.py')
+def test_faults_are_planted_and_survivors_named(script, tmp_path):
+  code, text = run(tmp_path, TEST)
+  found = faults.mutants_of(tmp_path, 'ptjax/pieces/planted.py')
   assert [(m.line, m.before, m.after) for m in found] == [
       (6, 'base - chosen_reward', 'base + chosen_reward'), (6, 'chosen_reward', 'rejected_reward')]
-  assert script.main(arguments) == 1, 'half is below the bar'
-  text = capsys.readouterr().out
+  assert code == 1, f'half is below the bar: {text}'
   assert 'caught 1 of 2 (50.0%)' in text
   assert 'SURVIVED ptjax/pieces/planted.py:6 flip a sign: base - chosen_reward' in text
   assert (tmp_path / 'ptjax/pieces/planted.py').read_text() == PLANTED, 'faults go into copies'
   assert script.report(found, [])[1] == 1.0
 
 
-def test_failing_tests_stop_the_run(script, tmp_path):
-  with pytest.raises(SystemExit, match='the tests fail without any fault'):
-    script.main(plant(tmp_path, TEST.replace('== 3.0', '== 4.0')))
+def test_failing_tests_stop_the_run(tmp_path):
+  code, text = run(tmp_path, TEST.replace('== 3.0', '== 4.0'))
+  assert code == 1 and 'the tests fail without any fault' in text and 'assert 3.0 == 4.0' in text
 
 
 def test_every_module_of_losses_and_pieces_has_tests(script):
@@ -64,7 +72,7 @@ def test_every_module_of_losses_and_pieces_has_tests(script):
             script.ROOT, str(path.relative_to(script.ROOT))), path
 
 
-def test_every_kind_of_fault(script, tmp_path):
+def test_every_kind_of_fault(tmp_path):
   source = '''
 def f(x, mask, a=0.5):
   m = jnp.where(mask, x, 0.0).std(ddof=1) + jnp.sum(x, where=~mask)
@@ -72,7 +80,7 @@ def f(x, mask, a=0.5):
   return -masking.clean(mask, x=x) if x < y else clip(x, clip_low=a, clip_high=m).chosen
 '''
   (tmp_path / 'one.py').write_text(source)
-  found = {m.kind: f'{m.before} -> {m.after}' for m in script.mutants_of(tmp_path, 'one.py')}
+  found = {m.kind: f'{m.before} -> {m.after}' for m in faults.mutants_of(tmp_path, 'one.py')}
   assert set(found) == {
       'flip a sign', 'drop a stop_gradient', 'swap a reduction', 'forget the mask', 'change ddof',
       'shift by one', 'min for max', 'swap bounds', 'swap the sides', 'drop a factor',

@@ -76,7 +76,7 @@ def test_joined_equals_merged(config, variant):
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_merged_kernel_is_the_papers(variant):
-  own, scale = adapters(QWEN, variant), {'lora': 5 / 3, 'rslora': 5 / 3**0.5, 'dora': 5 / 3}[variant]
+  own, scale = adapters(QWEN, variant), 5 / 3**0.5 if variant == 'rslora' else 5 / 3
   merged = lora.merge(params(QWEN), own, SETTINGS[variant].scale)
   for room, name in (('attention', 'key'), ('mlp', 'down')):
     a, b = (np.float64(own['layers'][room][name][leaf]) for leaf in ('lora_a', 'lora_b'))

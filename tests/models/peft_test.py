@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import json
-import pathlib
 import shutil
-import sys
 
+import hub_models
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft_models
 import pytest
 from safetensors import numpy as safetensors_numpy
 import transformers
@@ -17,108 +17,27 @@ import transformers
 from ptjax import config as settings
 from ptjax import sharding
 from ptjax.data import tokenizer as data_tokenizer
-from ptjax.models import attention
 from ptjax.models import hub
 from ptjax.models import lora
 from ptjax.models import peft
 from ptjax.models import transformer
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import hub_models
+theirs, torch = peft_models.theirs, peft_models.torch
+ALL, TOKENS, VARIANTS = peft_models.ALL, peft_models.TOKENS, peft_models.VARIANTS
+VOCAB, WIDTH = peft_models.VOCAB, peft_models.WIDTH
+base_model, noisy = peft_models.base_model, peft_models.noisy
+made_by_peft, made_by_us = peft_models.made_by_peft, peft_models.made_by_us
+our_logits, torch_logits = peft_models.our_logits, peft_models.torch_logits
 
-torch = pytest.importorskip('torch', reason='parity needs torch: pip install -e ".[parity]"')
-theirs = pytest.importorskip('peft', reason='parity needs peft: pip install -e ".[parity]"')
-
-VOCAB, WIDTH, LENGTH, LAYERS = 64, 32, 12, 2
-TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH))
 # Float32 sums in another order, logits of size 5; measured at most 5e-6.
 TOLERANCE = 2e-5
 
-_QWEN2 = dict(
-    vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
-BASES = {
-    'qwen2': lambda: transformers.Qwen2Config(**_QWEN2, tie_word_embeddings=True),
-    'llama': lambda: transformers.LlamaConfig(**_QWEN2),
-    'gpt2': lambda: transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=WIDTH, n_head=4, n_layer=LAYERS, n_positions=64),
-}
-VARIANTS = {'lora': {}, 'rslora': {'use_rslora': True}, 'dora': {'use_dora': True}}
-ALL = {'qwen2': ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'],
-       'gpt2': ['c_attn', 'attn.c_proj', 'c_fc', 'mlp.c_proj']}
 
-
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def bases(tmp_path_factory):
   """`name -> directory` of a random base model, made once."""
-  root = tmp_path_factory.mktemp('bases')
-
-  @functools.cache
-  def make(name):
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(BASES[name]())
-    with torch.no_grad():
-      for parameter in model.parameters():
-        if parameter.ndim > 1:
-          parameter.normal_(0, 0.2)
-    model.save_pretrained(root / name)
-    return str(root / name)
-
-  return make
-
-
-def base_model(directory):
-  return transformers.AutoModelForCausalLM.from_pretrained(
-      directory, dtype=torch.float32, attn_implementation='eager').eval()
-
-
-def noisy(model, seed=1):
-  """Moves every adapter weight away from where it starts."""
-  torch.manual_seed(seed)
-  with torch.no_grad():
-    for name, parameter in model.named_parameters():
-      if 'lora_' in name:
-        parameter.add_(torch.randn(parameter.shape) * 0.1)
-  return model
-
-
-def torch_logits(model):
-  with torch.no_grad():
-    return model(torch.tensor(TOKENS)).logits.float().numpy()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def our_hidden(config, params):
-  rows, length = TOKENS.shape
-  hidden, _ = transformer.forward(
-      config, params, jnp.asarray(TOKENS).reshape(-1), jnp.tile(jnp.arange(length), rows),
-      attention.prefill(config, jnp.full([rows], length), length))
-  return hidden.reshape(rows, length, -1)
-
-
-def our_logits(config, params):
-  return transformer.logits(config, params, our_hidden(config, params))
-
-
-def made_by_peft(bases, name, folder, **options):
-  """Saves a noisy adapter of PEFT's own; returns its logits."""
-  model = noisy(theirs.get_peft_model(base_model(bases(name)), theirs.LoraConfig(
-      **{'r': 4, 'lora_alpha': 6, 'task_type': 'CAUSAL_LM', 'target_modules': ALL[name],
-         'fan_in_fan_out': name == 'gpt2', **options})))
-  model.save_pretrained(folder)
-  return torch_logits(model)
-
-
-def made_by_us(directory, changes, seed=3):
-  """(config, base params, adapters away from their start, settings)."""
-  config = hub.load_config(directory)
-  params = hub.load_params(directory, config)
-  own = settings.LoraSettings(rank=4, alpha=6.0, **changes)
-  random = np.random.default_rng(seed)
-  adapters = jax.tree.map(
-      lambda x: x + 0.1 * random.standard_normal(x.shape).astype(np.float32),
-      lora.init(params, own, jax.random.key(0)))
-  return config, params, adapters, own
+  return functools.cache(functools.partial(
+      peft_models.save_base, tmp_path_factory.mktemp('bases')))
 
 
 # Ours, opened by PEFT.
@@ -189,7 +108,7 @@ def test_an_earlier_adapter_is_replaced_and_nothing_else(bases, tmp_path):
 @pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.parametrize('name', ['qwen2', 'gpt2'])
 def test_we_open_what_peft_saves(name, variant, bases, tmp_path):
-  expected = made_by_peft(bases, name, tmp_path, **VARIANTS[variant])
+  expected = made_by_peft(bases(name), name, tmp_path, **VARIANTS[variant])
   directory = bases(name)
   config = hub.load_config(directory)
   params = hub.load_params(directory, config)
@@ -251,7 +170,7 @@ def test_heads_that_score_go_along(name, kind, bases, tmp_path):
                                      pad_token_id=VOCAB - 1, attn_implementation='eager')
   opened = theirs.PeftModel.from_pretrained(model, tmp_path / 'a').eval()
   expected = torch_logits(opened)
-  hidden = our_hidden(config, lora.join(params, adapters, own.scale))
+  hidden = peft_models.our_hidden(config, lora.join(params, adapters, own.scale))
   got = transformer.head_scores(config, adapters['score'], hidden)
   got = got[:, -1] if kind == 'sequence' else got
   np.testing.assert_allclose(got, expected, atol=TOLERANCE)
@@ -266,7 +185,7 @@ def test_heads_that_score_go_along(name, kind, bases, tmp_path):
 
 
 def test_a_fresh_head_on_an_adapter_of_a_language_model(bases, tmp_path):
-  made_by_peft(bases, 'qwen2', tmp_path)
+  made_by_peft(bases('qwen2'), 'qwen2', tmp_path)
   config, params = hub.load_config(tmp_path, num_labels=1), hub.load_params(
       tmp_path, hub.load_config(tmp_path, num_labels=1))
   body = hub.load_params(tmp_path, hub.load_config(tmp_path))
@@ -286,7 +205,7 @@ def test_one_step_equals_pefts(name, variant, bases, tmp_path):
   GPT-2's c_attn is left out: PEFT lets query, key and value share one A, we do not.
   """
   targets = ALL[name][1:] if name == 'gpt2' else ALL[name]
-  made_by_peft(bases, name, tmp_path, target_modules=targets, **VARIANTS[variant])
+  made_by_peft(bases(name), name, tmp_path, target_modules=targets, **VARIANTS[variant])
   model = theirs.PeftModel.from_pretrained(
       base_model(bases(name)), tmp_path, is_trainable=True).train(False)
   rate = 0.5
@@ -319,7 +238,7 @@ def test_one_step_equals_pefts(name, variant, bases, tmp_path):
 
 
 def test_adapter_directory_is_a_model(bases, tmp_path):
-  made_by_peft(bases, 'qwen2', tmp_path / 'a')
+  made_by_peft(bases('qwen2'), 'qwen2', tmp_path / 'a')
   shutil.copytree(bases('qwen2'), tmp_path / 'base')
   raw = json.loads((tmp_path / 'a' / peft.CONFIG).read_text())
   (tmp_path / 'a' / peft.CONFIG).write_text(
@@ -340,7 +259,7 @@ def test_adapter_directory_is_a_model(bases, tmp_path):
 
 
 def test_sharded_merge(bases, tmp_path):
-  made_by_peft(bases, 'qwen2', tmp_path)
+  made_by_peft(bases('qwen2'), 'qwen2', tmp_path)
   config = hub.load_config(tmp_path)
   mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2')
   found = hub.load_params(
@@ -348,88 +267,3 @@ def test_sharded_merge(bases, tmp_path):
   plain = hub.load_params(tmp_path, config)
   assert jax.tree.map(lambda leaf: leaf.sharding, found) == sharding.tree_sharding(mesh, plain)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, plain)
-
-
-# What cannot be used.
-
-
-@pytest.fixture(scope='module')
-def adapter(bases, tmp_path_factory):
-  folder = tmp_path_factory.mktemp('adapter') / 'a'
-  made_by_peft(bases, 'qwen2', folder, target_modules=['q_proj', 'down_proj'])
-  return folder
-
-
-@pytest.fixture
-def spoilt(adapter, tmp_path):
-  return shutil.copytree(adapter, tmp_path / 'a')
-
-
-def edit(folder, **changes):
-  hub_models.edit_json(folder / peft.CONFIG, **changes)
-
-
-def edit_tensors(folder, change):
-  tensors = safetensors_numpy.load_file(folder / peft.WEIGHTS)
-  change(tensors)
-  safetensors_numpy.save_file(tensors, folder / peft.WEIGHTS)
-
-
-def test_another_base(adapter, bases):
-  qwen2 = hub.load_config(bases('qwen2'))
-  message = hub_models.refusal(peft.load, adapter, qwen2, base='/models/other')
-  assert bases('qwen2') in message and '/models/other' in message
-  peft.load(adapter, qwen2, base='Somebody/Qwen2')  # the same model in another place
-  message = hub_models.refusal(peft.load, adapter, dataclasses.replace(qwen2, width=64, head_dim=8))
-  assert '4 wrongly shaped' in message and 'q_proj.lora_a is [4, 32], not [4, 64]' in message
-  assert 'width 64' in message and bases('qwen2') in message
-  message = hub_models.refusal(peft.load, adapter, hub.load_config(bases('gpt2')))
-  assert '8 unexpected' in message and 'layers.0.self_attn.q_proj' in message
-  message = hub_models.refusal(peft.load, adapter, dataclasses.replace(
-      qwen2, num_layers=1, layer_windows=None))
-  assert '4 unexpected' in message and 'layers.1.' in message
-
-
-@pytest.mark.parametrize('changes, words', [
-    (dict(peft_type='IA3'), ('peft_type', 'IA3', 'LORA')),
-    (dict(bias='all'), ("bias='all'", 'none')),
-    (dict(init_lora_weights='pissa'), ('pissa', 'gaussian')),
-    (dict(target_parameters=['experts']), ('target_parameters', 'merge the adapter with peft')),
-    (dict(some_future_variant={'x': 1}), ('some_future_variant', 'merge')),
-    (dict(r=0), ('r=0', 'positive')), (dict(lora_alpha='big'), ('lora_alpha', "'big'"))])
-def test_settings_that_are_not_supported(changes, words, spoilt, bases):
-  edit(spoilt, **changes)
-  message = hub_models.refusal(peft.load, spoilt, hub.load_config(bases('qwen2')))
-  assert str(spoilt) in message and all(word in message for word in words), message
-
-
-def test_damaged_files(spoilt, bases):
-  config = hub.load_config(bases('qwen2'))
-  key = 'base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight'
-  edit_tensors(spoilt, lambda tensors: tensors.pop(key))
-  message = hub_models.refusal(peft.load, spoilt, config)
-  assert '1 missing: model.layers.1.self_attn.q_proj.lora_b' in message
-  edit_tensors(spoilt, lambda tensors: tensors.update({
-      key: np.zeros((32, 4), np.float32),
-      'base_model.model.model.embed_tokens.weight': np.zeros((64, 32), np.float32)}))
-  assert '1 unexpected: embed_tokens.weight' in hub_models.refusal(peft.load, spoilt, config)
-  whole = (spoilt / peft.WEIGHTS).read_bytes()
-  (spoilt / peft.WEIGHTS).write_bytes(whole[:-50])
-  assert 'truncated or corrupt' in hub_models.refusal(peft.load, spoilt, config)
-  (spoilt / peft.WEIGHTS).unlink()
-  assert 'pickle' in hub_models.refusal(peft.load, spoilt, config)
-
-
-def test_dora_lacking_a_layer_is_refused(bases, tmp_path):
-  """Its magnitudes would be the base's norms, which the adapter does not hold."""
-  made_by_peft(bases, 'qwen2', tmp_path, use_dora=True, layers_to_transform=[1])
-  message = hub_models.refusal(peft.load, tmp_path, hub.load_config(bases('qwen2')))
-  assert 'missing: model.layers.0.' in message
-
-
-def test_a_base_that_is_not_there(spoilt):
-  edit(spoilt, base_model_name_or_path='/nowhere/base')
-  message = hub_models.refusal(hub.load_config, spoilt)
-  assert str(spoilt) in message and '/nowhere/base does not exist' in message
-  edit(spoilt, base_model_name_or_path=None)
-  assert 'names no base model' in hub_models.refusal(hub.load_config, spoilt)

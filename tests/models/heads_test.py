@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ptjax import sharding
 from ptjax import types
 from ptjax.models import attention
 from ptjax.models import config as config_lib
@@ -148,6 +150,30 @@ def test_a_value_sees_nothing_of_its_own_token():
   one, other = run(TOKENS), run(tokens)
   np.testing.assert_array_equal(one[:, :3], other[:, :3])
   assert (one[:, 3:] != other[:, 3:]).all()
+
+
+@pytest.mark.parametrize('text', ['fsdp=4,tensor=2', 'data=2,fsdp=2,tensor=2'])
+def test_devices_change_nothing(text):
+  @jax.jit
+  def gradient(params, prompts, lengths, tokens, mask):
+    def loss(params):
+      rewards = policy.scores(REWARD, params['reward'], prompts, lengths, tokens, loss_mask=mask)
+      steps = policy.token_scores(STEPS, params['steps'], prompts, lengths, tokens)
+      values = policy.values(CONFIG, {'critic': params['reward']}, None, prompts, lengths, tokens)
+      return jnp.square(rewards).sum() + sum(
+          jnp.sum(jnp.sin(x), where=mask[..., None]) for x in (steps, values[..., None]))
+    return jax.grad(loss)(params)
+  # Two prompts more, to split over four devices.
+  rows = tuple(np.concatenate([x, x[::-1]]) for x in (PROMPTS, LENGTHS, TOKENS, MASK))
+  params = {'reward': _params(REWARD), 'steps': _params(STEPS)}
+  expected = gradient(params, *rows)
+  mesh = sharding.make_mesh(text)
+  with sharding.use(mesh):
+    found = gradient(sharding.put(params, sharding.tree_sharding(mesh, params)),
+                     *sharding.put(rows, sharding.batch(mesh)))
+  scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+  chex.assert_trees_all_close(
+      jax.device_get(found), jax.device_get(expected), atol=2e-6 * scale, rtol=0)
 
 
 def test_fresh_heads():

@@ -12,8 +12,8 @@ from ptjax.training import recipes
 from ptjax.training import step as training_step
 
 # What all stages of a run share.
-_SHARED = ('algo', 'model', 'seed', 'out_dir', 'resume', 'mesh', 'stages', 'warm_start',
-           'checkpoint', 'log', 'eval')
+_SHARED = ('algo', 'model', 'model_settings', 'teacher', 'reward', 'rewards', 'seed', 'out_dir',
+           'resume', 'mesh', 'stages', 'warm_start', 'checkpoint', 'log', 'eval')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,14 @@ class StagePlan:
 
   @property
   def packs(self):
-    """Whether rows hold several examples: for losses that are means over tokens, whichever row."""
+    """Whether rows hold several examples: for losses that are means over tokens, whichever row.
+
+    Of a user's own loss nobody knows whether it is one.
+    """
     if self.row.door == 'text':
       return True
+    if self.row.family == 'custom':
+      return False
     names = set(inspect.signature(self.row.loss).parameters)
     per_token = {'log_probs', 'loss_mask', 'divergence', *self.row.hyperparameters()}
     return (self.config.data.packing and self.row.door == 'demonstrations'

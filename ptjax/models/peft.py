@@ -93,7 +93,7 @@ def save(directory, config, adapters, settings, *, base):
     config: TransformerConfig of the base.
     adapters: from `lora.init`, trained or not, on the host or on devices.
     settings: the config.LoraSettings they were made with.
-    base: the base model's directory or hub name.
+    base: the base model's directory, which is written down whole, or hub name.
   Raises:
     UserError: see `check`; or the folder holds something else.
   """
@@ -125,9 +125,10 @@ def save(directory, config, adapters, settings, *, base):
         leaves[path].T if source.transpose else leaves[path])
     whole.add(source.name.rpartition('.')[0])
   root = settings.variant == 'rslora'
+  base = os.path.abspath(base) if os.path.isdir(base) else os.fspath(base)
   raw = {
       'peft_type': 'LORA', 'task_type': _task_type(config),
-      'base_model_name_or_path': os.fspath(base), 'r': settings.rank,
+      'base_model_name_or_path': base, 'r': settings.rank,
       'lora_alpha': settings.alpha, 'lora_dropout': 0.0, 'bias': 'none',
       'target_modules': targets, 'rank_pattern': ranks,
       # The scale of every module stays what it was.

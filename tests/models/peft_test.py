@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pathlib
 import shutil
 
 import hub_models
@@ -89,6 +90,16 @@ def test_dora_on_part_of_a_fused_matrix_is_refused(bases, tmp_path):
   peft.check(config, dataclasses.replace(own, targets=('all-linear',)))
   peft.check(config, dataclasses.replace(own, variant='lora'))
   peft.check(hub.load_config(bases('qwen2')), own)
+
+
+def test_a_base_directory_is_found_from_anywhere(bases, tmp_path, monkeypatch):
+  config, _, adapters, own = made_by_us(bases('qwen2'), {})
+  monkeypatch.chdir(pathlib.Path(bases('qwen2')).parent)
+  peft.save(tmp_path / 'a', config, adapters, own, base='qwen2')
+  monkeypatch.chdir(tmp_path)
+  assert hub.load_config('a') == config
+  peft.save(tmp_path / 'a', config, adapters, own, base='Qwen/Qwen2.5-0.5B')
+  assert peft.base_of('a') == 'Qwen/Qwen2.5-0.5B'
 
 
 def test_an_earlier_adapter_is_replaced_and_nothing_else(bases, tmp_path):

@@ -59,6 +59,7 @@ class Algorithm:
   defaults: dict = dataclasses.field(default_factory=dict)  # where they differ from the loss's own
   source: str = ''  # arXiv id and short title
   tested_against: str = ''  # beside the closed form in NumPy, which every row has
+  stages: tuple[str, ...] = ()  # rows that run one after the other in its place
   recipe: str = 'own samples'  # of training.recipes: who draws the completions, how rows lie
   data: str = ''  # what is special about its data, or about its frozen models
 
@@ -118,7 +119,7 @@ def _reward(name, loss, source, tested_against='', *, door='preferences', **row)
 
 def _hybrid(name, loss, source, **row):
   return Algorithm(name=name, family='hybrid', loss=loss, door='prompts+demonstrations',
-                   source=source, **row)
+                   source=source, recipe='own samples and demonstration', **row)
 
 
 _HPT = '2509.04419, unified view of post-training'
@@ -300,7 +301,8 @@ _ROWS = (
     _hybrid('luffy', hybrid.luffy_loss, '2504.14945, LUFFY', advantage=advantage.group_centred),
     _hybrid('srft', hybrid.srft_loss, '2506.19767, SRFT', advantage=advantage.group_centred),
     _hybrid('sft_then_grpo', policy_gradient.dr_grpo_loss, _HPT, tested_against='TRL dr_grpo',
-            advantage=advantage.group_centred, data='sft first, then dr_grpo from its checkpoint'),
+            advantage=advantage.group_centred, stages=('sft', 'dr_grpo'),
+            data='sft first, then dr_grpo from its checkpoint'),
     # Reward models, which train a head and no policy.
     _reward('reward_bt', reward_model.reward_bt_loss, '2203.02155, Bradley-Terry', 'TRL Reward'),
     _reward('reward_margin', reward_model.reward_margin_loss, '2307.09288, Llama 2', 'TRL Reward'),

@@ -31,7 +31,7 @@ from ptjax.training import experience
 from ptjax.training import forward as training_forward
 from ptjax.training import step as training_step
 
-PLACED_ROLES = ('reference', 'teacher')  # models beside the policy that the launcher can place
+PLACED_ROLES = ('reference', 'critic', 'teacher')  # models beside the policy that the launcher can place
 
 
 @dataclasses.dataclass(frozen=True)

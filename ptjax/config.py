@@ -226,6 +226,7 @@ class Config:
   out_dir: str | None = None  # None: runs/<algo>-<model>-<dataset>-<seed>
   resume: str = 'auto'
   teacher: str | None = None  # a model, for distillation
+  critic: str = 'head'  # of PPO: a head on the policy's own states, or a model of its own
   stages: dict = dataclasses.field(default_factory=dict)  # algo -> {setting: value} of its stage
   mesh: str = ''  # e.g. 'data=1,fsdp=8,tensor=1'; empty: all devices on fsdp
   loss: dict = dataclasses.field(default_factory=dict)  # the loss's own hyperparameters
@@ -243,6 +244,7 @@ class Config:
 
   def __post_init__(self):
     _choice('resume', self.resume, ('auto', 'never'))
+    _choice('critic', self.critic, ('head', 'model'))
     sequences = self.rollout.num_prompts
     parts = self.training.mini_batches * self.training.micro_batches
     if sequences % parts:

@@ -1,6 +1,7 @@
 """Opens what a run reads: the door of each stage, rewards, rows to evaluate on."""
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
@@ -64,19 +65,27 @@ def load_data(config, plans, policy, *, parts=1):
 
 
 def load_rows(config):
-  """Loads the rows of a config's data set."""
-  return sources.load(config.dataset, columns=config.data.columns, limit=config.data.limit,
-                      seed=config.seed)
+  """Loads the rows of a config's data set; a `solution` stands for a missing `completion`."""
+  columns = config.data.columns
+  load = functools.partial(sources.load, config.dataset, limit=config.data.limit, seed=config.seed)
+  rows = load(columns=columns)
+  if 'solution' in rows.columns and 'completion' not in rows.columns:
+    rows = load(columns={**columns, 'completion': 'solution'})
+  return rows
 
 
 def load_door(plan, policy, rows, *, parts=1):
   """Opens the door of a stage on `rows`; `parts` is into how many a batch is split over devices."""
-  config = plan.config
+  config, shown = plan.config, None
+  if plan.row.door == 'prompts+demonstrations':
+    found = _read_examples(plan, policy, rows)
+    shown = [group[0] for group in found.completions]
+    rows = sources.Rows([rows[i] for i in found.row_ids], name=rows.name)
   if plan.online:
     return prompt_door.PromptDoor(
         rows, policy.tokenizer, num_prompts=config.rollout.num_prompts,
         group_size=config.rollout.group_size, max_prompt_tokens=config.data.max_prompt_tokens,
-        overlong=config.data.overlong, seed=config.seed)
+        overlong=config.data.overlong, seed=config.seed, demonstrations=shown)
   found = _read_examples(plan, policy, rows)
   batch = {'batch_size': config.training.batch_size, 'seed': config.seed,
            'fill': tokenizers.pad_id(policy.tokenizer)}

@@ -45,6 +45,8 @@ class StageRun:
     self._folder = folder / 'reference' / str(plan.stage.index)
     self.bound = plan.bind()
     shapes = hub.param_shapes(self._policy.config)
+    if self._has_critic:
+      shapes = {**shapes, 'critic': jax.eval_shape(self._init_critic, shapes)}
     self._whole_shapes = _with_shardings(shapes, sharding.tree_sharding(mesh, shapes))
     self._shapes = trained.shapes(self._config.lora, shapes)
     self._optimizer, self._schedule = optimizers.make_optimizer(
@@ -68,6 +70,9 @@ class StageRun:
     """Returns the state before the first step, from the model's parameters (or None: load them)."""
     if params is None:
       params = self._policy.load(self._place)
+    if self._has_critic:
+      params = {**params, 'critic': jax.jit(
+          self._init_critic, out_shardings=self._place(self._whole_shapes['critic']))(params)}
     if self._keeps_start:
       reference.save_params(self._folder / 'params', params)
     self._load_frozen()
@@ -93,8 +98,23 @@ class StageRun:
     self._attach_reference(None)
 
   def whole(self, params):
-    """The model's parameters, of what trains."""
-    return self._merge(params, self._frozen) if self._config.lora.rank else params
+    """The policy's parameters, of what trains."""
+    if self._config.lora.rank:
+      params = self._merge(params, self._frozen)
+    return {name: tree for name, tree in params.items() if name != 'critic'}
+
+  @property
+  def _has_critic(self):
+    return 'values' in training_step.model_outputs(self.bound.loss)
+
+  def _init_critic(self, params):
+    """A fresh critic: a head of zeros on the policy's states or, whole, on a copy of its layers."""
+    head = {'kernel': jnp.zeros((self._policy.config.width, 1), jnp.float32),
+            'bias': jnp.zeros(1, jnp.float32)}
+    if self._config.critic == 'head':
+      return head
+    body = {name: tree for name, tree in params.items() if name not in ('head', 'score')}
+    return {**jax.tree.map(jnp.copy, body), 'score': head}
 
   def _init(self, params):
     return training_state.init(params, self._optimizer, self._loss_state)
@@ -163,13 +183,15 @@ class StageRun:
     """Input's name -> `(params, batch) -> [B, T]`, for those that the method reads."""
     found = {}
     if self.bound.needs_old_log_probs and not self._config.rollout.reuse_log_probs:
-      found['old_log_probs'] = self._host_log_probs(self._forward)
+      found['old_log_probs'] = self._host_outputs(self._forward)
+    if 'old_values' in names:
+      found['old_values'] = self._host_outputs(self._forward, 'values')
     if self.bound.needs_reference:
-      of_reference = self._host_log_probs(
+      of_reference = self._host_outputs(
           assembly.make_forward(self.plan, self._policies, role='reference'))
       found['reference_log_probs'] = lambda params, batch: of_reference(self._start, batch)
     if 'teacher_log_probs' in names:
-      of_teacher = self._host_log_probs(
+      of_teacher = self._host_outputs(
           assembly.make_forward(self.plan, self._policies, role='teacher'))
       found['teacher_log_probs'] = lambda params, batch: of_teacher(
           self._frozen['teacher'], batch)
@@ -186,8 +208,8 @@ class StageRun:
         batch_size=self._config.training.batch_size, mesh=self._mesh,
         name=self.plan.row.name)
 
-  def _host_log_probs(self, forward):
-    step = training_step.make_log_prob_step(forward, mesh=self._mesh)
+  def _host_outputs(self, forward, output='log_probs'):
+    step = training_step.make_log_prob_step(forward, output=output, mesh=self._mesh)
     return lambda params, batch: sharding.fetch(
         step(params, training_step.place(batch, self._mesh), frozen=self._frozen))
 
@@ -197,7 +219,7 @@ class StageRun:
     """Gives offline rows their reference log-probs: computed from `params`, or read if None."""
     if self.plan.online or not self.bound.needs_reference:
       return
-    score = self._host_log_probs(assembly.make_forward(self.plan, self._policies, role='reference'))
+    score = self._host_outputs(assembly.make_forward(self.plan, self._policies, role='reference'))
     index = self.plan.stage.index
     if params is not None:
       weights = log_prob_cache.digest_params(params)

@@ -75,6 +75,7 @@ def stage_plans(config):
     UserError: an unknown algorithm, or settings for a stage that is not there.
   """
   names = [name.strip() for name in config.algo.split(',') if name.strip()]
+  names = [part for name in names for part in algorithms.get(name).stages or (name,)]
   rows = [algorithms.get(name) for name in names]
   if not rows:
     raise settings.UserError('--algo is empty; --algo=list prints the names')
@@ -148,8 +149,11 @@ def check_inputs(plan):
     return
   bound = plan.bind()
   recorded = {'loss_mask', 'rollout_log_probs', 'old_log_probs', 'reference_log_probs'}
-  baselines = {'rewards', 'reward_components', 'group_size', 'greedy_rewards', 'optimal_values'}
-  to_loss = recorded | {'loss_state', 'key', 'advantages', 'rewards', 'teacher_log_probs'}
+  if plan.row.door != 'prompts':
+    recorded.add('demonstration')
+  baselines = {'old_values', 'rewards', 'reward_components', 'group_size', 'greedy_rewards', 'optimal_values'}
+  to_loss = recorded | {'old_values', 'returns', 'loss_state', 'key', 'advantages', 'rewards', 'teacher_log_probs',
+                        'from_rollouts', 'imitated', 'off_policy'}  # the last three are a gate's
   for arguments in training_step.MODEL_OUTPUTS.values():
     to_loss |= set(arguments)
   for function, offered in ((bound.loss, to_loss),

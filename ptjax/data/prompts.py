@@ -27,6 +27,7 @@ class PromptBatch:
   prompts: list  # P texts or message lists, as the data set has them
   texts: list  # P texts as the model sees them: templates rendered, overlong prompts cut
   columns: dict  # name -> P cells; every column but the prompt, for the reward functions
+  demonstrations: list | None = None  # P id arrays, where the door was given some
 
 
 class PromptDoor:
@@ -37,7 +38,7 @@ class PromptDoor:
   """
 
   def __init__(self, rows, tokenizer, *, num_prompts, group_size=1, max_prompt_tokens=None,
-               overlong='drop', seed=0):
+               overlong='drop', seed=0, demonstrations=None):
     """Reads and tokenises every row.
 
     Args:
@@ -49,6 +50,7 @@ class PromptDoor:
       max_prompt_tokens: longest prompt, None for no limit.
       overlong: what becomes of a longer one: `drop`, `truncate` (its left end goes) or `error`.
       seed: of the order; None keeps the order of the rows.
+      demonstrations: None, or the ids of a completion for every row, to go along with its prompt.
     Raises:
       UserError: a missing column, a prompt that is neither text nor messages, messages without a
         chat template, an overlong prompt under `error`, or no prompt left.
@@ -57,6 +59,7 @@ class PromptDoor:
     self._rows = rows
     self._column, = formats.require(rows, 'prompts')
     self._group_size = group_size
+    self._demonstrations = demonstrations
     self._limit = max_prompt_tokens
     self._fill = tokenizers.pad_id(tokenizer)
     values = [_question(row[self._column]) if self._column == 'messages' else row[self._column]
@@ -111,7 +114,9 @@ class PromptDoor:
         tokens=tokens, lengths=lengths, ids=np.array(row_ids, np.int32),
         sample_ids=first[:, None] + np.arange(self._group_size, dtype=np.int32)[None],
         prompts=[self._prompts[i] for i in indices], texts=[self._texts[i] for i in indices],
-        columns={name: [row[name] for row in rows] for name in names})
+        columns={name: [row[name] for row in rows] for name in names},
+        demonstrations=None if self._demonstrations is None else [
+            self._demonstrations[i] for i in row_ids])
 
 
 def _question(value):

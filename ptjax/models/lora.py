@@ -20,7 +20,7 @@ import numpy as np
 from ptjax import config as settings_lib
 
 ALL = 'all-linear'
-_WHOLE = ('score',)  # heads that no pretraining has shaped: nothing to adapt
+_WHOLE = ('score', 'critic')  # what no pretraining has shaped: nothing to adapt
 
 
 def init(params, settings, key):

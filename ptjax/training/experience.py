@@ -121,6 +121,20 @@ def assemble(prompts, rollouts, *, scored, mask_truncated=False, reuse_log_probs
       inputs={'rollout_log_probs': rollouts.log_probs})
 
 
+def without(shown, table, rollouts):
+  """Reward table and rollouts of the policy's own completions alone.
+
+  Args:
+    shown: [B] bool; the rows that are demonstrations, as many in every group.
+    table: RewardTable.
+    rollouts: types.Rollouts.
+  """
+  own = ~shown
+  return (dataclasses.replace(table, values=table.values[own], total=table.total[own],
+                              scored=table.scored[own]),
+          jax.tree.map(lambda x: x[own], rollouts))
+
+
 def rollout_metrics(table, rollouts, group_size):
   """Reward and length statistics of one rollout, under TRL's names."""
   metrics = {}
@@ -199,16 +213,25 @@ class Collector:
       batch.inputs[name] = log_probs(params, batch)
     if self.takes_rewards:
       batch.inputs['rewards'] = np.where(table.scored, table.total, np.nan).astype(np.float32)
+    gates = {}
     if self.estimator is not None:
-      arrays = {'old_log_probs': rollouts.log_probs, **batch.inputs,
+      recorded = {name: x for name, x in batch.inputs.items() if name != 'rewards'}
+      arrays = {'old_log_probs': rollouts.log_probs, **recorded,
                 'reward_components': table.values, **self._baselines(params, drawn, group, key)}
-      batch.inputs.update(estimate_advantages(
+      found = estimate_advantages(
           self.estimator, table.total, table.scored, group_size=group,
-          loss_mask=batch.loss_mask, **arrays))
+          loss_mask=batch.loss_mask, **arrays)
+      batch.inputs.update(found)
+      for name, value in found.items():
+        if value.dtype == bool:  # which prompts have rows that take this part
+          gates[f'gate/{name}'] = float(value.reshape(-1, group).any(1).mean())
     clock.lap('log_probs')
-    tokens = int(rollouts.loss_mask.sum())
+    own = (table, rollouts)
+    if 'demonstration' in known:
+      own = without(known['demonstration'], table, rollouts)
+    tokens = int(own[1].loss_mask.sum())
     metrics = {
-        **rollout_metrics(table, rollouts, group), **clock.laps,
+        **rollout_metrics(*own, len(own[1].tokens) // len(drawn.lengths)), **gates, **clock.laps,
         **{f'rewards/{name}': value for name, value in table.report.items() if value},
         'epoch': self.door.epoch(index),
         'perf/rollout_tokens_per_second': tokens / clock.laps['timing_s/rollout']}

@@ -12,6 +12,7 @@ import numpy as np
 
 from ptjax import sharding
 from ptjax import types
+from ptjax.data import batching
 from ptjax.losses import online_preference
 
 
@@ -44,6 +45,31 @@ def own_samples(samplers, params, drawn, key):
 def teachers_samples(samplers, params, drawn, key):
   """Every completion is the teacher's. Sequence-level distillation, arXiv:1606.07947."""
   return sharding.fetch(samplers['teacher'](params, prompts_of(drawn), key)), {}
+
+
+def own_samples_and_demonstration(samplers, params, drawn, key):
+  """The policy's own completions of a prompt and, as the last of its group, its demonstration.
+
+  Further inputs: `demonstration` [B] bool. Demonstrations have no sampler's log-probs: 0 there.
+  """
+  rollouts = sharding.fetch(samplers['policy'](params, prompts_of(drawn), key))
+  count, longest = len(drawn.lengths), max(map(len, drawn.demonstrations))
+  width = max(rollouts.tokens.shape[1], batching.bucket(longest))
+  shown, lengths = batching.pad_right(drawn.demonstrations, width, 0)
+  behind = types.Rollouts(
+      tokens=shown, loss_mask=np.arange(width) < lengths[:, None],
+      log_probs=np.zeros((count, width), np.float32), truncated=np.zeros(count, bool))
+
+  def join(own, last):
+    own = own.reshape(count, -1, *own.shape[1:])
+    if own.ndim == 3:
+      own = np.pad(own, ((0, 0), (0, 0), (0, width - own.shape[2])))
+    both = np.concatenate([own, last[:, None].astype(own.dtype)], axis=1)
+    return both.reshape(-1, *both.shape[2:])
+
+  joined = jax.tree.map(join, rollouts, behind)
+  group = len(joined.tokens) // count
+  return joined, {'demonstration': np.arange(len(joined.tokens)) % group == group - 1}
 
 
 def as_drawn(batch, rewards, scored):
@@ -86,6 +112,7 @@ class Recipe:
 
 RECIPES = {
     'own samples': Recipe(),
+    'own samples and demonstration': Recipe(draw=own_samples_and_demonstration),
     "teacher's samples": Recipe(draw=teachers_samples, samplers=('teacher',)),
     'best against worst': Recipe(arrange=best_against_worst, reads_rewards=True),
 }

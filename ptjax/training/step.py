@@ -224,10 +224,10 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
   return placed_step
 
 
-def make_log_prob_step(forward, *, mesh=None):
-  """Returns a compiled `(params, batch, frozen={}) -> log_probs [B, T]`, for old and reference."""
+def make_log_prob_step(forward, *, output='log_probs', mesh=None):
+  """Returns a compiled `(params, batch, frozen={}) -> [B, T]` of one output, without gradient."""
   def log_prob_step(params, batch, frozen):
-    return forward(params, frozen, batch)['log_probs']
+    return forward(params, frozen, batch)[output]
   return _compiled(log_prob_step, mesh, None if mesh is None else sharding.batch(mesh))
 
 
@@ -299,6 +299,8 @@ def batch_metrics(outputs, batch):
     trainer = outputs['log_probs']
     if 'old_log_probs' in batch.inputs:
       trainer = jnp.where(batch.on_policy, trainer, batch.inputs['old_log_probs'])
+    if 'demonstration' in batch.inputs:  # no sampler drew those
+      mask &= ~batch.inputs['demonstration'][:, None]
     gap = jnp.where(mask, trainer - rollout, 0.0)  # [B, T]
     weights = jnp.exp(jnp.clip(gap.sum(-1), -20.0, 20.0))  # [B]
     metrics['sampling/log_prob_gap_max'] = jnp.abs(gap).max()

@@ -28,18 +28,8 @@ from ptjax.training import step as training_step
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import bigram
 
-VOCAB, P, G, T = 8, 8, 2, 4
+VOCAB, P, G, T = 8, 8, 6, 4
 B = P * G
-
-# What the step cannot offer yet: outputs of a model beside the policy's log-probs and entropy.
-DECLARED = {
-    **dict.fromkeys(('kd', 'gkd', 'sdft', 'sdpo'), 'a divergence from a teacher'),
-    **dict.fromkeys(('ppo', 'ppo_dual_clip'), "a critic's values"),
-    **dict.fromkeys(('reward_bt', 'reward_margin', 'reward_centred', 'reward_kwise', 'orm'),
-                    "a reward head's output"),
-    **dict.fromkeys(('prm', 'math_shepherd'), "a verifier's logits at the step separators"),
-    'preference_model': "a judge's logit",
-}
 
 # Losses that no sum over rows or pairs gives; these take every split on every mesh.
 WHOLE_BATCH = (
@@ -57,83 +47,102 @@ def make_inputs():
   normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
   uniform = lambda *shape: rng.uniform(size=shape).astype(np.float32)
   log_probs = lambda *shape: -3.0 * uniform(*shape)
-  mask = lambda rows: np.arange(T) < rng.integers(1, T + 1, (rows, 1))
-  demonstration = np.arange(B) % G == 1
-  return mask(B), {
+  mask = np.arange(T) < rng.integers(1, T + 1, (B, 1))
+  demonstration = np.arange(B) % G == G - 1
+  pairs = B // 2
+  return mask, {
       'old_log_probs': log_probs(B, T), 'reference_log_probs': log_probs(B, T),
       'rollout_log_probs': log_probs(B, T), 'teacher_log_probs': log_probs(B, T),
+      'old_values': normal(B, T), 'returns': normal(B, T),
       'advantages': normal(B), 'rewards': uniform(B), 'truncated': uniform(B) < 0.3,
       'demonstration': demonstration, 'from_rollouts': ~demonstration & (uniform(B) < 0.7),
-      'imitated': demonstration & (np.arange(B) < 6),
-      'off_policy': demonstration & (np.arange(B) > 10),
+      'imitated': demonstration & (np.arange(B) < B // 2),
+      'off_policy': demonstration & (np.arange(B) > B // 2 + G),
       'labels': uniform(B) < 0.5, 'desirable_probabilities': uniform(B),
-      'mismatched_log_probs': log_probs(B, T), 'mismatched_loss_mask': mask(B),
-      'mismatched_reference_log_probs': log_probs(B, T) - 1.0,
+      'step_mask': mask & (uniform(B, T) < 0.6), 'step_labels': uniform(B, T) < 0.5,
+      'ranks': rng.permuted(np.tile(np.arange(G, dtype=np.int32), (P, 1)), axis=1),
       # One number or one sequence per pair.
-      'chosen_scores': 1.0 + uniform(P), 'rejected_scores': uniform(P),
-      'chosen_win_probabilities': uniform(P), 'rejected_win_probabilities': uniform(P),
-      'reference_drew_chosen': uniform(P) < 0.5,
-      'chosen_sum_squares': log_probs(P, T), 'rejected_sum_squares': log_probs(P, T),
-      'demonstration_log_probs': log_probs(P, T), 'demonstration_loss_mask': mask(P),
-      'corrupted_log_probs': log_probs(P, T), 'corrupted_reference_log_probs': log_probs(P, T)}
+      'chosen_scores': 1.0 + uniform(pairs), 'rejected_scores': uniform(pairs),
+      'chosen_win_probabilities': uniform(pairs), 'rejected_win_probabilities': uniform(pairs),
+      'reference_drew_chosen': uniform(pairs) < 0.5, 'margins': uniform(pairs),
+      'corrupted_log_probs': log_probs(pairs, T),
+      'corrupted_reference_log_probs': log_probs(pairs, T)}
 
 
 LOSS_MASK, INPUTS = make_inputs()
+TEACHER = np.random.default_rng(3).normal(size=(VOCAB, VOCAB)).astype(np.float32)
 BLOCKED = ('old_log_probs', 'rollout_log_probs')  # the step itself reads these beside the outputs
-OFFERED = {*INPUTS, 'log_probs', 'entropy', 'loss_mask', 'pair', 'side', 'key'}
+ALIASES = {n: n if n in BLOCKED else f'all_{n}' for n in INPUTS}  # of the joint loss, to which the
+# step then does nothing of what it does to one that names pairs or ranks
+NAMES = (*algorithms.TABLE, *(f'grpo+{modifier}' for modifier in modifiers.MODIFIERS))
 
 
-def can_run(row):
-  first = next(iter(inspect.signature(row.loss).parameters))
-  return (first in ('log_probs', 'pair', 'side')
-          and set(training_step.required_inputs(row.loss)) <= OFFERED)
-
-
-NAMES = [name for name, row in algorithms.TABLE.items() if can_run(row)] + [
-    f'grpo+{modifier}' for modifier in modifiers.MODIFIERS]
-
-
-def test_every_row_is_tested_or_declared():
-  assert set(DECLARED) == set(algorithms.TABLE) - set(NAMES), 'all that cannot run, and no other'
+def test_the_whole_batch_losses_are_rows():
   assert set(WHOLE_BATCH) <= set(NAMES)
 
 
 @functools.lru_cache(None)
-def losses(names):
+def bound_rows(names):
   rows = [algorithms.get(name) for name in names]
   return [algorithm.bind(row, {k: v for k, v in OVERRIDES.items()
-                               if k in row.hyperparameters()}).loss for row in rows]
+                               if k in row.hyperparameters()}) for row in rows]
+
+
+def inputs_for(loss, inputs):
+  """The inputs a door would make for this loss."""
+  taken = {*inspect.signature(loss).parameters, 'reference_log_probs'}
+  outputs = training_step.model_outputs(loss)
+  chosen = {n: x for n, x in inputs.items() if n in taken}
+  if 'scores' in outputs:  # whose rewards the head gives
+    chosen.pop('rewards', None)
+  if 'mismatched_log_probs' in taken:  # rows are own, mismatched, own, ...
+    chosen['labels'] = chosen['labels'][::2]
+  return chosen
 
 
 def joint_loss(names):
   """The sum of the rows' losses, each on its block of tokens."""
-  def loss(log_probs, *, entropy, loss_mask, loss_state, key, **inputs):
+  def loss(*, loss_mask, loss_state, key, **arrays):
     total, metrics, states = 0.0, {}, {}
-    for i, (name, one) in enumerate(zip(names, losses(names))):
+    for i, (name, bound) in enumerate(zip(names, bound_rows(names))):
       block = slice(i * T, (i + 1) * T)
+      inputs = {n: arrays[alias][:, block] if n in BLOCKED else arrays[alias]
+                for n, alias in ALIASES.items()}
       batch = types.TokenBatch(
           prompt_tokens=None, prompt_lengths=None, tokens=None, on_policy=None,
-          loss_mask=loss_mask[:, block],
-          inputs={n: x[:, block] if n in BLOCKED else x for n, x in inputs.items()})
-      outputs = {'log_probs': log_probs[:, block], 'entropy': entropy[:, block]}
+          loss_mask=loss_mask[:, block], inputs=inputs_for(bound.loss, inputs))
+      outputs = {n: arrays[n][:, i if n == 'scores' else block]
+                 for n in training_step.model_outputs(bound.loss)}
       value, _, states[name] = training_step.call(
-          one, outputs, batch, loss_state=loss_state[name], key=key)
+          bound.loss, outputs, batch, loss_state=loss_state[name], key=key)
       total, metrics[f'value/{name}'] = total + value, value
     return total, metrics, states
-  named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in (
-      'log_probs', 'entropy', 'loss_mask', 'loss_state', 'key', *INPUTS)]
-  loss.__signature__ = inspect.Signature(named)
+  of_model = (name for output, read_by in training_step.MODEL_OUTPUTS.items()
+              for name in (output, read_by[-1]) if name != 'demonstration_log_probs')
+  loss.__signature__ = inspect.Signature([
+      inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY)
+      for n in dict.fromkeys(('loss_mask', 'loss_state', 'key', *of_model, *ALIASES.values()))])
   return loss
 
 
-def forward(params, frozen, batch):
-  """One bigram model per block."""
-  del frozen
-  models = params['embed']['embedding']  # [R, V, V]
-  first = batch.tokens[:, :T]  # all blocks hold the same tokens
-  previous = bigram.previous_tokens(batch.prompt_tokens, batch.prompt_lengths, first)
-  found = jax.vmap(lambda model: bigram.outputs(model[previous], first), out_axes=1)(models)
-  return jax.tree.map(lambda x: x.reshape(len(x), -1), found)
+def make_forward(names):
+  """One bigram model per block, of which every output is made."""
+  def outputs_of(model, bound, previous, first):
+    logits = model[previous]  # [B, T, V]
+    found = bigram.outputs(logits, first)
+    measure = bound.divergence or (lambda logits, teacher: 0.0 * logits[..., 0])
+    return {**found, 'divergence': measure(logits, jnp.asarray(TEACHER)[previous]),
+            'sum_squares': jax.nn.logsumexp(2.0 * jax.nn.log_softmax(logits), axis=-1),
+            'values': logits[..., 0], 'step_logits': logits[..., :2],
+            'scores': found['log_probs'].sum(1, keepdims=True)}
+  def forward(params, frozen, batch):
+    del frozen
+    first = batch.tokens[:, :T]  # all blocks hold the same tokens
+    previous = bigram.previous_tokens(batch.prompt_tokens, batch.prompt_lengths, first)
+    found = [outputs_of(model, bound, previous, first) for model, bound in zip(
+        params['embed']['embedding'], bound_rows(names))]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *found)
+  return forward
 
 
 def normalized_descent():
@@ -158,7 +167,7 @@ def make_batch(blocks):
       prompt_lengths=rng.integers(1, 4, P).astype(np.int32),
       tokens=tile(rng.integers(0, VOCAB, (B, T)).astype(np.int32)),
       loss_mask=tile(LOSS_MASK), on_policy=np.asarray(False),
-      inputs={n: tile(x) if n in BLOCKED else x for n, x in INPUTS.items()})
+      inputs={ALIASES[n]: tile(x) if n in BLOCKED else x for n, x in INPUTS.items()})
 
 
 @functools.lru_cache(None)
@@ -167,14 +176,15 @@ def trained(names, micro_batches, on_mesh):
   optimizer, mesh, shardings = normalized_descent(), None, None
   params = {'embed': {'embedding': np.random.default_rng(2).normal(
       size=(len(names), VOCAB, VOCAB)).astype(np.float32)}}
-  start = {n: training_step.initial_loss_state(loss) for n, loss in zip(names, losses(names))}
+  start = {bound.row.name: training_step.initial_loss_state(bound.loss)
+           for bound in bound_rows(names)}
   state = training_state.init(jax.tree.map(jnp.asarray, params), optimizer, start)
   if on_mesh:
     mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2')
     shardings = training_state.shardings(mesh, params, optimizer, start)
     state = jax.device_put(state, shardings)
   step = training_step.make_train_step(
-      forward, joint_loss(names), optimizer, micro_batches=micro_batches, mesh=mesh,
+      make_forward(names), joint_loss(names), optimizer, micro_batches=micro_batches, mesh=mesh,
       state_sharding=shardings)
   steps = []
   for _ in range(2):
@@ -209,7 +219,7 @@ def test_whole_batch_losses_do_not_depend_on_the_split(split):
 @pytest.mark.slow
 @pytest.mark.parametrize('split', SPLITS, ids=IDS)
 def test_no_loss_depends_on_the_split(split):
-  assert_same_updates(tuple(NAMES), *split)
+  assert_same_updates(NAMES, *split)
 
 
 @pytest.mark.parametrize('name', WHOLE_BATCH)
@@ -218,7 +228,7 @@ def test_statistics_are_carried_and_every_update_is_real(name):
   first, second = (step[name] for step in trained(WHOLE_BATCH, 1, False))
   assert first['gradient norm'] > 1e-4 and np.isfinite(first['parameters']).all()
   assert np.abs(second['parameters'] - first['parameters']).max() > 0.01
-  start = losses((name,))[0]
+  start = bound_rows((name,))[0].loss
   for before, now, later in zip(jax.tree.leaves(training_step.initial_loss_state(start)),
                                 jax.tree.leaves(first['state']), jax.tree.leaves(second['state'])):
     if name in ('mpo', 'bco') and now == 0.0:

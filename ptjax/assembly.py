@@ -178,8 +178,13 @@ def check(plans, model, mesh):
                                '--teacher=DIR')
     stages.check_inputs(plan)
     if plan.online:
-      at_once = config.rollout.num_prompts // (
-          config.training.mini_batches * config.training.micro_batches)
+      pieces = config.training.mini_batches * config.training.micro_batches
+      if config.rollout.num_prompts % pieces:
+        raise settings.UserError(
+            f'rollout.num_prompts={config.rollout.num_prompts} does not split into '
+            f'training.mini_batches={config.training.mini_batches} x training.micro_batches='
+            f'{config.training.micro_batches}; make it a multiple of {pieces}')
+      at_once = config.rollout.num_prompts // pieces
       name = 'rollout.num_prompts / (training.mini_batches x training.micro_batches)'
       if plan.row.advantage is not None and config.rollout.group_size < 2:
         _try_group_of_one(plan)

@@ -245,13 +245,6 @@ class Config:
   def __post_init__(self):
     _choice('resume', self.resume, ('auto', 'never'))
     _choice('critic', self.critic, ('head', 'model'))
-    sequences = self.rollout.num_prompts
-    parts = self.training.mini_batches * self.training.micro_batches
-    if sequences % parts:
-      raise UserError(
-          f'rollout.num_prompts={sequences} does not split into training.mini_batches='
-          f'{self.training.mini_batches} x training.micro_batches={self.training.micro_batches}; '
-          f'make it a multiple of {parts}')
 
 
 def replace(config, values):

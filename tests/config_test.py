@@ -49,7 +49,6 @@ def test_override_reads_the_value_by_its_type(assignment, path, value):
     ('data.overlong=cut', 'expected one of drop, truncate, error'),
     ('rollout.temperature=0', 'must be positive'),
     ('model_settings.dtype=float16', 'expected one of float32, bfloat16'),
-    ('training.mini_batches=3', 'does not split into training.mini_batches=3'),
     ('eval.k=8', 'needs eval.samples of at least 8'),
 ])
 def test_bad_overrides_say_what_is_wrong(assignment, message):

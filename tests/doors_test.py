@@ -1,0 +1,228 @@
+"""What a run reads: the door of each stage, rewards, and rows to evaluate on."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from ptjax import assembly
+from ptjax import config as settings
+from ptjax import doors
+from ptjax import stages
+from ptjax.data import offline
+from ptjax.data import packing
+from ptjax.data import prompts
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import job_runs
+
+PAIRS = [{'prompt': f'{i}+1=', 'chosen': f'{i + 1}', 'rejected': f'{i + 20}'} for i in range(8)]
+ROWS = [{'prompt': f'{i}+2=', 'completion': f'{i + 2}', 'label': i % 2 == 0} for i in range(6)]
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  """A folder with a model and some files."""
+  root = tmp_path_factory.mktemp('doors')
+  job_runs.export_model(root / 'model')
+  steps = [{'prompt': '1+2=', 'completions': ['1+2', '3'], 'labels': [True, bool(i)]}
+           for i in range(2)]
+  for name, rows in (('pairs', PAIRS), ('rows', ROWS), ('held_pairs', PAIRS[:3]), ('steps', steps),
+                     ('held_rows', ROWS[:2]), ('prompts', [{'prompt': '1+1='}])):
+    (root / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return root
+
+
+@pytest.fixture
+def load(root):
+  """Opens everything of a run; returns its Data and the model's tokenizer."""
+  def call(dataset, *assignments, parts=1, **values):
+    path = root / f'{dataset}.jsonl'
+    config = settings.Config(model=str(root / 'model'),
+                             dataset=str(path) if path.exists() else dataset, **values)
+    for assignment in assignments:
+      config = settings.override(config, assignment)
+    plans = stages.stage_plans(config)
+    policies = assembly.load_policies(config, plans)
+    data = doors.load_data(config, plans, policies['policy'], parts=parts)
+    return data, policies['policy'].tokenizer
+  return call
+
+
+def texts(door, tokenizer):
+  """(prompt, completion, ...) of every example, without end tokens."""
+  examples = door.examples
+  decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+  return [(decode(prompt), *map(decode, group))
+          for prompt, group in zip(examples.prompts, examples.completions)]
+
+
+@pytest.mark.parametrize('overlong, words', [
+    ('drop', 'dropped ('), ('truncate', ' truncated)')])
+def test_overlong_prompts_are_counted_where_everybody_sees_it(load, caplog, overlong, words):
+  # `3+5=` has five tokens, `13+5=` six.
+  with caplog.at_level('WARNING'):
+    data, _ = load('arithmetic:max_operand=19', 'data.max_prompt_tokens=5',
+                   f'data.overlong={overlong}')
+  message, = (r.getMessage() for r in caplog.records if 'rows:' in r.getMessage())
+  assert message.startswith('grpo: ') and words in message
+  rows, kept = int(message.split()[1]), len(data.doors[0])
+  assert (kept < rows) == (overlong == 'drop') and f'{rows} rows: {kept} kept' in message
+
+
+# Doors.
+
+
+def test_every_stage_has_the_door_of_its_own_rows(root, load):
+  data, tokenizer = load('rows', f'stages.dpo.dataset={root}/pairs.jsonl',
+                         'stages.sft.data.packing=false', algo='sft,dpo')
+  assert set(data.doors) == {0, 1} and data.rewards is None and data.evaluation is None
+  assert texts(data.doors[0], tokenizer) == [(r['prompt'], r['completion']) for r in ROWS]
+  assert texts(data.doors[1], tokenizer) == [
+      (r['prompt'], r['chosen'], r['rejected']) for r in PAIRS]
+
+
+def test_of_pairs_the_chosen_is_imitated(load):
+  data, tokenizer = load('pairs', algo='sft')
+  assert texts(data.doors[0], tokenizer) == [(r['prompt'], r['chosen']) for r in PAIRS]
+
+
+def test_packed_rows_hold_all_examples_and_split_over_the_devices(load):
+  data, _ = load('rows', 'training.batch_size=6', 'training.micro_batches=2', parts=2, algo='sft')
+  door = data.doors[0]
+  assert isinstance(door, packing.PackedDoor)
+  batch = door.batch(0)
+  assert batch.tokens.shape[0] % 4 == 0
+  # One batch is an epoch here: each answer is trained on, digits and end token.
+  assert batch.loss_mask.sum() == sum(len(r['completion']) + 1 for r in ROWS)
+  fixed, _ = load('rows', 'data.packed_tokens=40', algo='sft')
+  assert fixed.doors[0].batch(0).prompt_tokens.shape[1] == 40
+  loose, _ = load('rows', 'data.packing=false', algo='sft')
+  assert isinstance(loose.doors[0], offline.OfflineDoor)
+
+
+def test_a_text_is_a_target_but_for_its_first_token(load):
+  data, _ = load('rows', 'training.batch_size=6', algo='cpt')
+  # <bos>, prompt, completion and end token, less the first.
+  count = sum(len(r['prompt'] + r['completion']) + 2 - 1 for r in ROWS)
+  assert data.doors[0].batch(0).loss_mask.sum() == count
+
+
+def test_kto_scores_each_answer_behind_another_prompt_too(load):
+  data, tokenizer = load('rows', algo='kto')
+  found = texts(data.doors[0], tokenizer)
+  answers = [r['completion'] for r in ROWS]
+  assert [(own, other) for _, own, other in found] == list(zip(answers, answers[1:] + answers[:1]))
+  np.testing.assert_array_equal(data.doors[0].take(range(6)).inputs['labels'],
+                                [r['label'] for r in ROWS])
+  alone, _ = load('rows', algo='bco')
+  assert alone.doors[0].examples.group_size == 1
+
+
+def test_a_triple_ends_in_a_demonstration(load):
+  data, tokenizer = load('pairs', algo='tpo')
+  assert texts(data.doors[0], tokenizer)[0] == ('0+1=', '1', '20', '1')
+
+
+def test_steps_keep_their_labels(load):
+  data, _ = load('steps', algo='prm')
+  inputs = data.doors[0].take([0, 1]).inputs
+  np.testing.assert_array_equal(inputs['step_mask'].sum(1), [2, 2])
+  np.testing.assert_array_equal(inputs['step_labels'][inputs['step_mask']], [1, 0, 1, 1])
+
+
+def test_limits_end_tokens_and_column_names_are_the_users(root, load):
+  (root / 'named.jsonl').write_text('{"q": "1+1=", "a": "2"}\n{"q": "1+1=", "a": "2222222222"}\n')
+  data, _ = load('named', 'data.columns.prompt=q', 'data.columns.completion=a',
+                 'rollout.max_completion_tokens=4', 'data.packing=false', algo='sft')
+  door = data.doors[0]
+  assert door.intake.rows == 2 and door.intake.kept == 1
+  (completion,), = door.examples.completions
+  stop_id, = assembly.load_policy(settings.Config(model=str(root / 'model'))).stop_ids
+  assert completion[-1] == stop_id
+
+
+@pytest.mark.parametrize('dataset, algo, message', [
+    ('rows', 'dpo', "preferences need the columns 'chosen' and 'rejected'"),
+    ('prompts', 'sft', "need the columns 'prompt' and 'completion'"),
+    ('pairs', 'kto', "labelled completions need the columns"),
+    ('rows', 'prm', "labelled steps need the columns"),
+    ('pairs', 'odpo', "the loss needs the column 'chosen_scores'"),
+    ('pairs', 'reward_margin', "the loss needs the column 'margins'"),
+])
+def test_rows_of_the_wrong_kind(load, dataset, algo, message):
+  with pytest.raises(settings.UserError) as raised:
+    load(dataset, algo=algo)
+  assert message in str(raised.value) and '--set data.columns.' in str(raised.value)
+
+
+def test_longest_is_what_the_largest_batch_needs(root, load):
+  def longest(name, algo):
+    config = settings.Config(model=str(root / 'model'), dataset=str(root / f'{name}.jsonl'),
+                             algo=algo)
+    plan, = stages.stage_plans(config)
+    return doors.longest(plan, assembly.load_policy(config))
+  data, _ = load('pairs', algo='dpo')
+  whole = data.doors[0].take(range(len(PAIRS)))
+  assert longest('pairs', 'dpo') == (whole.prompt_tokens.shape[1], whole.tokens.shape[1])
+  assert longest('pairs', 'grpo') == (whole.prompt_tokens.shape[1], None)
+
+
+# Rewards.
+
+
+def test_rewards_are_loaded_for_who_reads_them(load):
+  data, _ = load('arithmetic:max_operand=19', algo='sft,grpo')
+  with data.rewards as rewards:
+    assert rewards.names == ('arithmetic',)
+  assert isinstance(data.doors[1], prompts.PromptDoor)
+  assert load('arithmetic:max_operand=19', algo='ssd')[0].rewards is None
+  # Methods that read none need none.
+  assert load('prompts', algo='ssd')[0].rewards is None
+
+
+def test_rows_without_a_reward_of_their_own(load):
+  with pytest.raises(settings.UserError, match='no task with a reward of its own; name one'):
+    load('prompts', algo='grpo')
+  data, _ = load('prompts', algo='grpo', reward=('length(target=4)',))
+  with data.rewards as rewards:
+    assert rewards.names == ('length',)
+
+
+# Rows to evaluate on.
+
+
+def test_own_held_out_rows_are_the_tasks_test_split(load):
+  data, _ = load('arithmetic:max_operand=19', 'eval.limit=6')
+  data.rewards.close()
+  assert data.evaluation.name == 'arithmetic' and len(data.evaluation.rows) == 6
+  door = data.doors[0]
+  trained = {door.take([i]).prompts[0] for i in range(len(door))}
+  assert not trained & {row['prompt'] for row in data.evaluation.rows}
+  assert data.held_out == {}  # a rollout has no held-out loss
+
+
+def test_an_offline_method_is_measured_on_held_out_rows_of_its_kind(root, load):
+  data, tokenizer = load('rows', 'eval.limit=2', f'eval.dataset={root}/held_pairs.jsonl',
+                         f'stages.dpo.dataset={root}/pairs.jsonl', algo='kto,dpo')
+  assert set(data.held_out) == {1}  # these rows have no labels
+  assert texts(data.held_out[1], tokenizer) == [
+      (r['prompt'], r['chosen'], r['rejected']) for r in PAIRS[:2]]
+  own, tokenizer = load('arithmetic:max_operand=19', 'eval.limit=5', algo='sft,grpo')
+  own.rewards.close()
+  assert set(own.held_out) == {0} and own.evaluation.name == 'arithmetic'
+  assert [prompt for prompt, _ in texts(own.held_out[0], tokenizer)] == [
+      row['prompt'] for row in own.evaluation.rows]
+
+
+def test_held_out_pairs_need_no_task(root, load):
+  """Offline, the method's own loss is an evaluation."""
+  data, _ = load('pairs', f'eval.dataset={root}/held_pairs.jsonl', algo='dpo')
+  assert set(data.held_out) == {0} and data.evaluation is None
+
+
+def test_rows_that_nothing_can_measure(root, load):
+  with pytest.raises(settings.UserError, match='eval_dataset='):
+    load('rows', f'eval.dataset={root}/prompts.jsonl', algo='sft')

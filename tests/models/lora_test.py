@@ -186,6 +186,7 @@ def test_only_adapters_have_optimizer_state():
   assert count(own) == 2 * sum(r * (i + o) + o for i, o in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('variant', ['lora', 'dora'])
 def test_no_gradient_of_full_size_is_computed(variant, dtype):
@@ -295,6 +296,7 @@ def test_settings_that_cannot_be(changes, message):
 # Where they lie.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', ['lora', 'dora'])
 def test_sharded_gradient_equals_the_plain_one(variant):
   own, scale = adapters(QWEN, variant), SETTINGS[variant].scale

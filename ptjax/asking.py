@@ -54,8 +54,8 @@ def make_score(policy, mesh, *, max_tokens, batch_size=64):
   return score
 
 
-def sample(policy, params, mesh, rows, options, *, max_prompt_tokens, key, batch_size=16,
-           skip=()):
+def sample(policy, params, mesh, rows, options, *, max_prompt_tokens, key, overlong='drop',
+           batch_size=16, skip=()):
   """Samples completions of each row's prompt.
 
   A row's samples depend on its number and the key, not on the other rows; so what is skipped
@@ -67,8 +67,9 @@ def sample(policy, params, mesh, rows, options, *, max_prompt_tokens, key, batch
     mesh: the mesh.
     rows: `sources.Rows` or a list of dicts with `prompt` or `messages`.
     options: sampler.SamplingOptions; `group_size` samples per row.
-    max_prompt_tokens: longer prompts are left out, and so are empty ones.
+    max_prompt_tokens: the longest prompt; empty ones are left out.
     key: PRNG key.
+    overlong: what becomes of a longer prompt: `drop`, `truncate` (its left end) or `error`.
     batch_size: prompts decoded together.
     skip: row numbers to leave out.
   Yields:
@@ -78,7 +79,7 @@ def sample(policy, params, mesh, rows, options, *, max_prompt_tokens, key, batch
   tokenizer = policy.tokenizer
   door = prompt_door.PromptDoor(
       rows, tokenizer, num_prompts=1, group_size=options.group_size, seed=None,
-      max_prompt_tokens=max_prompt_tokens, overlong='drop')
+      max_prompt_tokens=max_prompt_tokens, overlong=overlong)
   if door.intake.dropped:
     logging.warning('samples: %s', door.intake)
   draw = sampler.make_sampler(policy.config, options, mesh=mesh, decode_text=tokenizer.decode)

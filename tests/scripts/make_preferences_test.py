@@ -127,7 +127,8 @@ def test_an_interrupted_run_goes_on(script, shared_data, tmp_path, monkeypatch, 
 def test_a_rows_samples_do_not_depend_on_the_others(script, shared_data, tmp_path):
   _, flags = stories(shared_data, tmp_path)
   both = [run(script, '--keep_truncated', pairs='endings', samples=1,
-              **{**flags, 'batch_size': size, 'out': tmp_path / f'{size}.jsonl'}) for size in (2, 5)]
+              **{**flags, 'batch_size': size, 'out': tmp_path / f'{size}.jsonl'})
+          for size in (2, 5)]
   assert both[0] == both[1]
   other = run(script, '--keep_truncated', pairs='endings', samples=1, seed=1,
               **{**flags, 'out': tmp_path / 'other.jsonl'})

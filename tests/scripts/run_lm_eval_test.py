@@ -57,7 +57,8 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]"
 
 
 @pytest.mark.parametrize('argv, message', [
-    ([], 'Flag --model must have a value'), (['--model=m', '--tasks=t', 'x'], 'unexpected argument'),
+    ([], 'Flag --model must have a value'),
+    (['--model=m', '--tasks=t', 'x'], 'unexpected argument'),
 ])
 def test_unusable_requests(script, capsys, argv, message):
   assert script.main(['x', *argv]) == 2

@@ -31,7 +31,7 @@ from ptjax.pieces import advantage
 from ptjax.pieces import divergence
 from ptjax.pieces import returns
 
-DOORS = ('prompts', 'demonstrations', 'preferences', 'unpaired', 'text', 'stepwise',
+DOORS = ('prompts', 'demonstrations', 'preferences', 'ranked', 'unpaired', 'text', 'stepwise',
          'prompts+demonstrations')
 ROLES = ('reference', 'critic', 'teacher', 'reward_model', 'judge')
 
@@ -308,12 +308,14 @@ _ROWS = (
     _reward('reward_margin', reward_model.reward_margin_loss, '2307.09288, Llama 2', 'TRL Reward'),
     _reward('reward_centred', reward_model.reward_centred_loss, '2312.09244, helping or herding',
             'TRL Reward'),
-    _reward('reward_kwise', reward_model.reward_kwise_loss, '2203.02155, InstructGPT'),
+    _reward('reward_kwise', reward_model.reward_kwise_loss, '2203.02155, InstructGPT',
+            door='ranked'),
     _reward('orm', reward_model.orm_loss, '2110.14168, outcome reward model', door='unpaired'),
     _reward('prm', reward_model.prm_loss, '2305.20050, process reward model', door='stepwise'),
     _reward('math_shepherd', reward_model.prm_loss, '2312.08935, Math-Shepherd', door='prompts',
             data='a step is labelled by the rollouts that succeed from it'),
-    _reward('preference_model', reward_model.preference_model_loss, '2312.00886, pair judge'),
+    _reward('preference_model', reward_model.preference_model_loss, '2312.00886, pair judge',
+            data='both completions one behind the other, in both orders'),
 )
 
 TABLE = {row.name: row for row in _ROWS}

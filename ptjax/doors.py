@@ -18,6 +18,7 @@ from ptjax.data import packing
 from ptjax.data import plain_text
 from ptjax.data import preferences
 from ptjax.data import prompts as prompt_door
+from ptjax.data import ranked
 from ptjax.data import sources
 from ptjax.data import stepwise
 from ptjax.data import tokenizer as tokenizers
@@ -119,7 +120,10 @@ def _read_examples(plan, policy, rows):
     return plain_text.read(rows, policy.tokenizer, **arguments)
   if door == 'preferences':
     return preferences.read(rows, policy.tokenizer,
-                            demonstrations='demonstration_log_probs' in names, **arguments)
+                            demonstrations='demonstration_log_probs' in names,
+                            both_orders='preference_logits' in names, **arguments)
+  if door == 'ranked':
+    return ranked.read(rows, policy.tokenizer, **arguments)
   if door == 'unpaired':
     return unpaired.read(rows, policy.tokenizer, mismatched='mismatched_log_probs' in names,
                          **arguments)

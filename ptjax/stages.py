@@ -128,7 +128,7 @@ def wanted_columns(plan):
     return ()
   loss = plan.bind().loss
   given = {'loss_mask', 'loss_state', 'key', 'pair', 'side', 'labels', 'step_labels', 'step_mask',
-           'old_log_probs', 'reference_log_probs', 'rewards'}
+           'old_log_probs', 'reference_log_probs', 'rewards', 'ranks'}
   for arguments in training_step.MODEL_OUTPUTS.values():
     given |= set(arguments)
   pattern = re.compile(r'(mismatched|demonstration)_')

@@ -22,9 +22,11 @@ FORMATS = {
     'preferences': (('chosen', 'rejected'),),
     'unpaired': (('prompt', 'completion', 'label'), ('messages', 'label')),
     'stepwise': (('prompt', 'completions', 'labels'),),
+    'ranked': (('prompt', 'completions', 'ranks'), ('prompt', 'completions', 'scores')),
     'text': (('text',), ('prompt', 'completion')),
 }
-_DOORS = {'unpaired': 'labelled completions', 'stepwise': 'labelled steps', 'text': 'texts'}
+_DOORS = {'unpaired': 'labelled completions', 'stepwise': 'labelled steps', 'text': 'texts',
+          'ranked': 'ranked completions'}
 # Where people keep a prompt or a completion under another name: for the hint in an error.
 _ALIASES = {
     'prompt': ('question', 'query', 'problem', 'instruction', 'input', 'text', 'conversations',
@@ -186,11 +188,16 @@ def numbers(rows, wanted):
   values = {name: np.full(len(rows), np.nan) for name in wanted}
   for place, row in enumerate(rows):
     for name, column in columns.items():
-      values[name][place] = _number(row[column], f'{rows.where(place)}: {column}')
+      values[name][place] = number(row[column], f'{rows.where(place)}: {column}')
   return values
 
 
-def _number(cell, where):
+def number(cell, where):
+  """Reads a number; NaN where the cell is empty or holds no finite one.
+
+  Raises:
+    UserError: a cell that is no number.
+  """
   if cell is None or cell == '':
     return math.nan
   try:

@@ -51,7 +51,7 @@ class NothingLeft(config.UserError):
 
 def empty(*whats):
   """Returns the reason to drop a row in which one of these is empty."""
-  return 'with an empty ' + ' or '.join(whats)
+  return 'with an empty ' + ' or '.join(dict.fromkeys(whats))
 
 
 def admit(parts, *, overlong, name, where, dropped=None, refuse=None):

@@ -11,10 +11,11 @@ from ptjax.data import sources
 _HUMAN, _ASSISTANT = '\n\nHuman:', '\n\nAssistant:'  # of dialogues written as one text
 _ALIKE = 'with chosen and rejected alike'
 _NOTHING_SHARED = 'without a prompt that chosen and rejected share'
+_CUT = 'with a pair that would be cut'
 
 
 def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(),
-         demonstrations=False):
+         demonstrations=False, both_orders=False):
   """Reads and tokenises preference pairs.
 
   Understood are, text or messages alike: `prompt`, `chosen`, `rejected`; and `chosen`, `rejected`
@@ -31,8 +32,12 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(),
     want: names of numeric columns that become inputs, [N] float32: margins, chosen_scores, ...
     demonstrations: whether each pair has a third completion: that of the column `demonstration`
       where there is one, else the chosen one.
+    both_orders: whether pairs are for a judge that reads both: the two completions of a pair are
+      then chosen behind it rejected, and rejected behind it chosen. The limit is that of both
+      together, and pairs that would have to be cut are dropped.
   Returns:
-    Examples with the completions chosen, rejected (and demonstration).
+    Examples with the completions chosen, rejected (and demonstration); or for a judge both orders
+    and the input `labels` [N, 2] bool: whether the first completion is the better one.
   Raises:
     UserError: a missing column, cells of different kinds, messages without a chat template, an
       overlong row under `error`, or nothing left. Rows with an empty part or with two completions
@@ -63,6 +68,13 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(),
     if not prompts[place]:
       reader.drop(_NOTHING_SHARED)
       del prompts[place], completions[place], reader.kept[place]
+  if both_orders:
+    both = [(chosen + rejected, rejected + chosen) for chosen, rejected in completions]
+    return reader.admit(
+        prompts, both, names=('chosen and rejected', 'rejected and chosen'),
+        inputs={'labels': [(True, False)] * len(both)}, refuse=lambda place, group: (
+            _ALIKE if both[place][0] == both[place][1] else
+            _CUT if len(group[0]) < len(both[place][0]) else None))
   return reader.admit(prompts, completions, names=names, refuse=lambda place, group:
                       _ALIKE if np.array_equal(group[0], group[1]) else None)
 

@@ -73,6 +73,7 @@ def offered_arguments(loss, outputs, batch):
   """Everything a loss can name, but for `loss_state` and `key`.
 
   Preference rows come prompt by prompt: chosen, rejected (and the demonstration of a triple).
+  Ranked completions come prompt by prompt too, and their `ranks` and scores go out as [P, K].
   Unpaired rows that have a mismatched completion come as own, mismatched. An array of the batch's
   `inputs` wins over what its rows would give.
   """
@@ -98,11 +99,13 @@ def offered_arguments(loss, outputs, batch):
   if 'scores' in outputs:
     scores = outputs['scores']
     offered.update(rewards=scores, preference_logits=scores)
-    if 'ranks' in batch.inputs:
-      offered['rewards'] = scores.reshape(batch.inputs['ranks'].shape)
     if 'chosen_rewards' in names:
       offered['chosen_rewards'], offered['rejected_rewards'] = of_row(scores, 0), of_row(scores, 1)
-  return {**offered, **batch.inputs}
+  offered.update(batch.inputs)
+  if 'scores' in outputs and 'ranks' in offered:
+    by_prompt = (batch.prompt_lengths.shape[0], -1)
+    offered.update({name: offered[name].reshape(by_prompt) for name in ('rewards', 'ranks')})
+  return offered
 
 
 def call(loss, outputs, batch, *, loss_state=None, key=None):

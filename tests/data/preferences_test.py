@@ -109,6 +109,12 @@ def test_a_pair_that_is_one_text_and_its_beginning(gpt2):
       ('I like tea.', '<|endoftext|>', ' And rain.<|endoftext|>')]
 
 
+def test_a_dialogue_that_goes_on_shares_all_but_its_last_answer(characters):
+  row = {'chosen': [USER, BLUE], 'rejected': [USER, BLUE, USER, RED]}
+  assert _texts(_read([row], characters), characters) == [
+      ('<u>Which colour?<a>', 'Blue.<eos>', 'Blue.<eos><u>Which colour?<a>Red.<eos>')]
+
+
 def test_whole_dialogues_are_split_at_the_last_answer(shared_data, gpt2):
   rows = sources.load(shared_data / 'preference' / 'hh_harmless_mild.jsonl')
   examples = _read(rows, gpt2)
@@ -149,12 +155,13 @@ def test_numbers_a_loss_asks_for(characters):
   rows = [{'prompt': 'p', 'chosen': 'c', 'rejected': 'r', 'margin': 1, 'score_chosen': '2.5'},
           {'prompt': 'p', 'chosen': 'c', 'rejected': 'c', 'margin': 2, 'score_chosen': '3'},
           {'prompt': 'p', 'chosen': 'c', 'rejected': 'r', 'margin': None, 'score_chosen': '3'},
-          {'prompt': 'p', 'chosen': 'c', 'rejected': 'x', 'margin': 4, 'score_chosen': '4'}]
+          {'prompt': 'p', 'chosen': 'c', 'rejected': 'x', 'margin': 4, 'score_chosen': '4'},
+          {'prompt': 'p', 'chosen': 'c', 'rejected': 'x', 'margin': 'inf', 'score_chosen': '4'}]
   examples = _read(rows, characters, want=('margins', 'chosen_scores'))
   np.testing.assert_array_equal(examples.inputs['margins'], np.float32([1, 4]))
   np.testing.assert_array_equal(examples.inputs['chosen_scores'], np.float32([2.5, 4]))
   assert examples.row_ids == [0, 3]
-  assert examples.intake.dropped == {'without a number in margins': 1,
+  assert examples.intake.dropped == {'without a number in margins': 2,
                                      'with chosen and rejected alike': 1}
 
 
@@ -192,6 +199,8 @@ def test_what_cannot_train_is_said_in_one_line(characters, rows, options, messag
 def test_no_shared_beginning_at_all(gpt2):
   with pytest.raises(config.UserError, match='without a prompt that chosen and rejected share'):
     _read([{'chosen': 'Yes', 'rejected': 'No'}], gpt2)
+  rows = [{'chosen': 'Yes', 'rejected': 'No'}, {'chosen': 'I do', 'rejected': 'I do not'}]
+  assert _read(rows, gpt2).row_ids == [1]
 
 
 def test_a_pair_alike_once_cut_is_dropped(characters):
@@ -200,3 +209,21 @@ def test_a_pair_alike_once_cut_is_dropped(characters):
   examples = _read(rows, characters, max_completion_tokens=3, overlong='truncate')
   assert examples.row_ids == [1]
   assert examples.intake.dropped == {'with chosen and rejected alike': 1}
+
+
+def test_a_judge_sees_both_orders(characters):
+  rows = [{'prompt': 'a ', 'chosen': 'good', 'rejected': 'bad'},
+          {'prompt': 'a ', 'chosen': 'same', 'rejected': 'same'},
+          {'prompt': 'a ', 'chosen': 'longer', 'rejected': 'bad'}]
+  eos = characters.eos_token
+  def read(**limits):
+    return preferences.read(rows, characters, both_orders=True, limits=examples_lib.Limits(**limits))
+  found = read()
+  assert _texts(found, characters) == [
+      ('<bos>a ', f'good{eos}bad{eos}', f'bad{eos}good{eos}'),
+      ('<bos>a ', f'longer{eos}bad{eos}', f'bad{eos}longer{eos}')]
+  assert found.inputs['labels'].tolist() == [[True, False]] * 2
+  assert found.intake.dropped == {'with chosen and rejected alike': 1}
+  assert read(max_completion_tokens=9).row_ids == [0]
+  cut = read(max_completion_tokens=9, overlong='truncate')
+  assert cut.row_ids == [0] and cut.intake.dropped['with a pair that would be cut'] == 1

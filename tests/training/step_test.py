@@ -197,3 +197,14 @@ def test_pairs_running_statistics_and_keys_reach_the_loss():
   log_probs = forward(make_params(), {}, batch)['log_probs']
   sums = jnp.where(batch.loss_mask, log_probs, 0.0).sum(-1)
   np.testing.assert_allclose(results[0][0][0], 0.5 * (sums[0::2] - sums[1::2]).mean(), rtol=1e-5)
+
+
+def test_ranked_completions_reach_the_loss_prompt_by_prompt():
+  batch = make_batch()
+  p, b = len(batch.prompt_lengths), len(batch.tokens)
+  batch = batch.replace(inputs={'ranks': np.arange(b, dtype=np.int32)})
+  scores = np.arange(b, dtype=np.float32)
+  def loss(rewards, *, ranks):
+    assert rewards.shape == ranks.shape == (p, b // p)
+    return jnp.abs(rewards - ranks).max(), {}
+  assert training_step.call(loss, {'scores': scores}, batch)[0] == 0.0

@@ -24,6 +24,7 @@ from ptjax.data import prompts as prompt_door
 from ptjax.data import tokenizer as tokenizers
 from ptjax.evaluation import evaluate as evaluation
 from ptjax.models import hub
+from ptjax.models import peft
 from ptjax.models import presets
 from ptjax.models import transformer
 from ptjax.rollout import sampler
@@ -177,6 +178,8 @@ def check(plans, model, mesh):
       raise settings.UserError(f'--algo={plan.row.name}: needs a teacher; name one with '
                                '--teacher=DIR')
     stages.check_inputs(plan)
+    if config.lora.rank:
+      peft.check(model, config.lora)
     if plan.online:
       pieces = config.training.mini_batches * config.training.micro_batches
       if config.rollout.num_prompts % pieces:

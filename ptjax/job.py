@@ -19,6 +19,7 @@ from ptjax import stages
 from ptjax.evaluation import evaluate as evaluation
 from ptjax.models import hub
 from ptjax.models import peft
+from ptjax.models import presets
 from ptjax.training import checkpoint
 from ptjax.training import loop
 from ptjax.training import metrics as metrics_files
@@ -172,9 +173,17 @@ class _Run:
     return made.whole(state.params), completed
 
   def _export_adapters(self, made, params):
-    """Writes the adapters of the last stage beside the merged model."""
-    peft.save(self._folder.path / 'adapter', self._policies['policy'].config, params,
-              made.plan.config.lora, base=self._config.model)
+    """Writes the last stage's adapters beside the merged model, and their base if it has no home.
+
+    Adapters belong to the model their stage began with; after another stage, or from a preset,
+    that model is nowhere else.
+    """
+    policy, base = self._policies['policy'], self._config.model
+    if made.plan.stage.index or base in presets.names():
+      base = str(self._folder.path / 'base')
+      hub.export(base, policy.config, made.base, policy.tokenizer, stop_ids=policy.stop_ids)
+    peft.save(self._folder.path / 'adapter', policy.config, params, made.plan.config.lora,
+              base=base)
 
   def _evaluation(self, made):
     """Returns `evaluate(params) -> metrics` of tasks and held-out loss, or None without either."""

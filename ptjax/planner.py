@@ -27,6 +27,7 @@ from ptjax.models import costs
 from ptjax.models import hub
 from ptjax.models import presets
 from ptjax.training import step as training_step
+from ptjax.training import trained
 
 # Hub models whose shape is known without fetching anything.
 KNOWN_SHAPES = {
@@ -218,10 +219,18 @@ def _stage(plan, model, mesh, rows):
     resident['reference'] = params
   phases['update'] = {'gradients': min(params, update.temporaries),
                       'activations': max(update.temporaries - params, 0) + update.outputs}
-  work.append(Work('update', costs.update_flops(model, batch, remat=remat,
+  work.append(Work('update', costs.update_flops(model, batch, remat=remat, adapters=_adapters(plan, model),
                                                 micro_batches=micro_batches),
                    0, sum(update.received.values())))
   return StageEstimate(plan.stage.name, rows, resident, phases, tuple(work), programs)
+
+
+def _adapters(plan, model):
+  """Weights of one layer's adapters, 0 where the whole model trains."""
+  if not plan.config.lora.rank:
+    return 0
+  found = trained.shapes(plan.config.lora, hub.param_shapes(model))['layers']
+  return sum(leaf.size for leaf in jax.tree.leaves(found)) // model.num_layers
 
 
 def _rollout_memory(rollout):

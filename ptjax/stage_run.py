@@ -104,6 +104,11 @@ class StageRun:
     return {name: tree for name, tree in params.items() if name != 'critic'}
 
   @property
+  def base(self):
+    """The frozen parameters under adapters."""
+    return self._frozen['base']
+
+  @property
   def _has_critic(self):
     return 'values' in training_step.model_outputs(self.bound.loss)
 

@@ -13,6 +13,7 @@ import pytest
 from ptjax import assembly
 from ptjax import config as settings
 from ptjax import planner
+from ptjax import stages
 from ptjax.training import algorithm as binding
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -24,6 +25,7 @@ PLANNED = {  # file -> what its plan must say
                                 'planned on 1 cpu device\n', 'data sheet of H100'),
     'grpo_gsm8k_qwen2_5_7b': ('7,615.6 M parameters', '128 prompts x 8, up to 256 + 1024 tokens',
                               'fsdp=8, tensor=1, planned on 8 cpu devices', 'data sheet of H100'),
+    'gpt2_sft_dpo_lora': ('stage sft', 'stage dpo', '124.4 M parameters', '32 prompts x 2, up to'),
 }
 
 
@@ -52,8 +54,8 @@ def test_the_page_says_how_and_how_far(path):
 def test_the_config_is_sound(path):
   config = settings.from_file(str(path))
   mesh = planner.planning_mesh(config.mesh or 'fsdp=1')
-  plans = assembly.stage_plans(config)
-  assembly.check(config, plans, planner.model_shape(config), mesh)
+  plans = stages.stage_plans(config)
+  assembly.check(plans, planner.model_shape(config), mesh)
   for plan in plans:
     binding.bind(plan.row, plan.hyperparameters)
 

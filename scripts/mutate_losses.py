@@ -79,8 +79,9 @@ class _Selection:
       return not self.affected or bool({*functions, *row.name.split('+')} & self.affected)
     if item.get_closest_marker('slow'):
       return False
-    name = getattr(getattr(arguments.get('case'), 'loss', None), '__name__', None)
-    return not self.affected or name in {None, *self.affected}
+    case = arguments.get('case')
+    names = {getattr(getattr(case, part, None), '__name__', None) for part in ('loss', 'divergence')}
+    return not self.affected or names == {None} or bool(names & self.affected)
 
 
 def affected_by(root, function):

@@ -90,8 +90,14 @@ def test_the_list_as_json(capsys):
     (['grpo'], ["unexpected argument 'grpo'", '--']),
     (['--set=optimizer.learningrate=1'], ["'learningrate'", 'did you mean learning_rate']),
     (['--set=rollout.group_size=2.5'], ['rollout.group_size=2.5', 'expected int']),
-    (['--algo=remax'], ['--algo=remax', 'minus_greedy needs greedy_rewards']),
-    (['--algo=ppo'], ['--algo=ppo', 'critic']),
+    (['--algo=sft,dop'], ["algo 'dop' is unknown", 'did you mean', 'dpo']),
+    (['--algo=kd'], ['--algo=kd', 'needs a teacher', '--teacher=DIR']),
+    (['--algo=dpo'], ["need the columns 'chosen' and 'rejected'", 'data.columns.chosen=']),
+    (['--set=stages.dpo.training.steps=3'], ['stages.dpo', 'no stage of that name']),
+    (['--algo=sft,dpo', '--set=stages.dpo.seed=3'], ['stages.dpo.seed', 'the same for all stages']),
+    (['--set=training.mini_batches=3'], ['rollout.num_prompts=4', 'training.mini_batches=3']),
+    (['--set=lora.rank=2', '--set=lora.targets=querry'], ['lora.targets=querry', 'query', 'all-linear']),
+    (['--set=lora.rank=-1'], ['lora.rank=-1', '0 to train all weights']),
     (['--set=loss.clip_hihg=1'], ['loss.clip_hihg', 'accepts', 'clip_high=0.2']),
     (['--config=missing.py'], ['--config=missing.py', 'no such file']),
     (['--mesh=dat=1'], ["'dat'", 'did you mean data']),
@@ -162,12 +168,17 @@ def test_unusable_experiment_files(refused, tmp_path, text, words):
     ('def loss(', ['SyntaxError']),
     ('def other(log_probs): pass', ["no 'loss'", 'other']),
     ('loss = 3', ['expected a loss function', 'int']),
-    ('def loss(log_probs, *, advantages, values): pass', ['loss needs values', 'default']),
+    ('def loss(log_probs, *, advantages, surprise): pass', ['loss needs surprise', 'default']),
 ])
 def test_unusable_loss_files(refused, tmp_path, text, words):
   (tmp_path / 'mine.py').write_text(text)
   message = refused('--algo=mine.py:loss')
   assert all(word in message for word in ['mine.py', *words]), message
+
+
+def test_a_loss_whose_array_no_column_holds(refused, tmp_path):
+  (tmp_path / 'mine.py').write_text('def loss(log_probs, *, loss_mask, surprise): pass')
+  assert "the loss needs the column 'surprise'" in refused('--algo=mine.py:loss')
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def overlap(train_texts, eval_texts, *, n=13):
     words = _words(text)
     shared = [gram for gram in _grams(words, n) if gram in owners]
     whole = '=' + ' '.join(words)
-    if len(words) < n and whole in owners:
+    if whole in owners:
       shared.append(whole)
     if shared:
       hits.append(Hit(rows - 1, owners[shared[0]][0], shared[0].lstrip('=')))

@@ -9,7 +9,8 @@ def _admit(overlong, lengths=(3, 9, 0, 5), limit=5, **part):
   part = intake.Part(what='prompt', tokens=tokens, limit=limit, setting='data.max_prompt_tokens',
                      **{'keep': 'right', **part})
   return intake.admit((part,), overlong=overlong, name='file',
-                      where=lambda place: f'file, row {11 + place}', dropped={intake.empty('prompt'): 2})
+                      where=lambda place: f'file, row {11 + place}',
+                      dropped={intake.empty('prompt'): 2})
 
 
 def test_drop_counts_by_reason():

@@ -58,6 +58,10 @@ def test_batches_of_similar_length_are_similar():
   def padded(draws):
     return np.mean([lengths[draws.indices(step)].max(0).sum() for step in range(100)])
   plain = padded(order.Order(800, 8, seed=1, name='x'))
+  # Also in later epochs, which do not begin with a batch.
+  later = order.Order(797, 8, seed=1, name='x', lengths=lengths)
+  assert np.mean([lengths[later.indices(step)].max(0).sum() for step in range(101, 198)]) < (
+      1.3 * lengths.sum(1).mean())
   grouped = padded(order.Order(800, 8, seed=1, name='x', lengths=lengths))
   exact = lengths.sum(1).mean()
   # Random batches of eight nearly pay for the longest row; grouped ones a tenth over their tokens.

@@ -30,6 +30,7 @@ def test_every_token_but_the_first_is_a_target_once(characters, tokens):
       i: characters(text).input_ids + [characters.eos_token_id] for i, text in enumerate(texts)}
   lengths = [len(p) + len(c) for p, (c,) in zip(examples.prompts, examples.completions)]
   assert max(lengths) <= tokens and all(len(p) == 1 for p in examples.prompts)
+  assert all(len(c) for c, in examples.completions)
   # A piece begins with the last token of the one before.
   for i in range(1, len(examples)):
     if examples.row_ids[i] == examples.row_ids[i - 1]:

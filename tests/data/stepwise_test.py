@@ -67,6 +67,15 @@ def test_soft_labels(characters):
   assert examples.per_token['step_labels'][0][0][mask].tolist() == [0.75, 0.25]
 
 
+def test_labels_stay_with_their_row_when_others_are_dropped(characters):
+  rows = [{'prompt': 'p', 'completions': ['too long'], 'labels': [1]},
+          {'prompt': 'p', 'completions': ['a', 'bb'], 'labels': [0, 1]}]
+  examples = stepwise.read(rows, characters, limits=examples_lib.Limits(max_completion_tokens=6))
+  assert examples.row_ids == [1]
+  assert examples.per_token['step_mask'][0][0].tolist() == [False, True, False, False, True]
+  assert examples.per_token['step_labels'][0][0].tolist() == [0, 0, 0, 0, 1]
+
+
 def test_a_cut_solution_loses_its_last_steps(characters):
   rows = [{'prompt': 'p', 'completions': ['aa', 'bb', 'cc'], 'labels': [1, 0, 1]},
           {'prompt': 'p', 'completions': ['aaaaaaaa'], 'labels': [1]}]

@@ -14,8 +14,8 @@ PLAIN = ('{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}'
          '{% if m.role == "assistant" %}<eos>{{ "\n" }}{% endif %}{% endfor %}'
          '{% if add_generation_prompt %}<a>{% endif %}')
 MARKED = ('{% for m in messages %}<{{ m.role[0] }}>{% if m.role == "assistant" %}'
-          '{% generation %}{{ m.content }}<eos>{% endgeneration %}{{ "\n" }}{% else %}{{ m.content }}'
-          '{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}')
+          '{% generation %}{{ m.content }}<eos>{% endgeneration %}{{ "\n" }}'
+          '{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}')
 TALK = [{'role': 'system', 'content': 'S'}, {'role': 'user', 'content': 'one'},
         {'role': 'assistant', 'content': 'two'}, {'role': 'user', 'content': 'three'},
         {'role': 'assistant', 'content': 'four'}]
@@ -65,6 +65,25 @@ def test_a_template_without_end_tokens(characters):
   characters.chat_template = PLAIN.replace('<eos>', '')
   one, = _encode(characters, TALK)
   assert _trained(characters, one) == ['two\n', 'four\n<eos>']
+
+
+def test_a_template_that_changes_the_words(characters):
+  characters.chat_template = PLAIN.replace('{{ m.content }}', '{{ m.content | lower }}')
+  one, = _encode(characters, TALK)
+  assert _trained(characters, one) == ['two<eos>', 'four<eos>']
+
+
+def test_a_token_across_the_edge_of_a_turn_is_split(shared_data):
+  gpt2 = transformers.AutoTokenizer.from_pretrained(shared_data / 'tokenizers' / 'gpt2')
+  gpt2.chat_template = ('{% for m in messages %}{{ m.role }}: {{ m.content }}{{ "\n" }}{% endfor %}'
+                        '{% if add_generation_prompt %}assistant: {% endif %}')
+  one, = _encode(gpt2, TALK)
+  # The prompt ends with the space, as it will when sampling: " two" is not one token here.
+  assert one.prompt == gpt2('system: S\nuser: one\nassistant: ').input_ids
+  assert one.completion[:1] == gpt2('two').input_ids
+  assert gpt2.decode(one.prompt + one.completion) == (
+      'system: S\nuser: one\nassistant: two\nuser: three\nassistant: four\n<|endoftext|>')
+  assert _trained(gpt2, one) == ['two\n', 'four\n<|endoftext|>']
 
 
 def test_ids_are_those_of_the_rendered_conversation(shared_data):
@@ -143,7 +162,7 @@ def test_a_row_whose_trained_tokens_were_all_cut_is_dropped(characters):
 
 def test_messages_of_the_wrong_kind(characters):
   characters.chat_template = PLAIN
-  with pytest.raises(config.UserError, match=r"file, row 1: a prompt is text or .*, not list \['a'"):
+  with pytest.raises(config.UserError, match='file, row 1: a prompt is text or .*, not list'):
     _encode(characters, ['a'])
   characters.chat_template = None
   with pytest.raises(config.UserError, match='has no chat template'):

@@ -127,21 +127,23 @@ def joint_loss(names):
 
 def make_forward(names):
   """One bigram model per block, of which every output is made."""
-  def outputs_of(model, bound, previous, first):
-    logits = model[previous]  # [B, T, V]
-    found = bigram.outputs(logits, first)
-    measure = bound.divergence or (lambda logits, teacher: 0.0 * logits[..., 0])
-    return {**found, 'divergence': measure(logits, jnp.asarray(TEACHER)[previous]),
+  measures = {i: bound.divergence for i, bound in enumerate(bound_rows(names)) if bound.divergence}
+  def outputs_of(logits, tokens):
+    return {**bigram.outputs(logits, tokens),
             'sum_squares': jax.nn.logsumexp(2.0 * jax.nn.log_softmax(logits), axis=-1),
             'values': logits[..., 0], 'step_logits': logits[..., :2],
-            'scores': found['log_probs'].sum(1, keepdims=True)}
+            'scores': logits[..., 1].sum(1, keepdims=True)}
   def forward(params, frozen, batch):
     del frozen
+    models = params['embed']['embedding']  # [R, V, V]
     first = batch.tokens[:, :T]  # all blocks hold the same tokens
     previous = bigram.previous_tokens(batch.prompt_tokens, batch.prompt_lengths, first)
-    found = [outputs_of(model, bound, previous, first) for model, bound in zip(
-        params['embed']['embedding'], bound_rows(names))]
-    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *found)
+    found = jax.vmap(lambda model: outputs_of(model[previous], first), out_axes=1)(models)
+    teacher, none = jnp.asarray(TEACHER)[previous], jnp.zeros(first.shape)
+    found['divergence'] = jnp.stack([
+        measures[i](models[i][previous], teacher) if i in measures else none
+        for i in range(len(names))], axis=1)
+    return {n: x.reshape(len(x), -1, *x.shape[3:]) for n, x in found.items()}
   return forward
 
 

@@ -1,0 +1,413 @@
+"""Times supervised and preference training of ptjax beside TRL's trainers, in one call.
+
+  python scripts/bench_offline.py                                  # sft beside SFTTrainer
+  python scripts/bench_offline.py --method=dpo --setting=tuned
+  python scripts/bench_offline.py --model=DIR --dataset=FILE.jsonl --prompt=512 --completion=256
+  python scripts/bench_offline.py --peer=none
+
+Ours is the launcher's own job, the peer is TRL's SFTTrainer or DPOTrainer: the same weights from
+one Hugging Face directory, the same file, equally many examples per step, float32, AdamW. Without
+--model and --dataset both are made: random weights of the shape below, a tokenizer of words, rows
+of random words whose completions have log-normal lengths. Settings:
+
+  default  each side as it comes: ptjax packs (sft) or batches rows of like length and keeps the
+           reference's log-probs (dpo); TRL pads, recomputes activations, runs the reference
+  padded   neither packs; both batch rows of like length, TRL keeps activations
+  tuned    TRL packs too, into rows as wide as ours (sft), or keeps the reference's log-probs
+           (dpo), batches rows of like length, and keeps activations
+
+Each side is a process of its own and passes the file in turn with the other: one pass to warm up,
+then --repetitions timed ones. A further start of ours finds its programs compiled (`warm s`).
+Prints one table and one JSON line per row, and refuses to compare where the sides trained on
+different numbers of tokens. The peer needs the `bench` extra.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+PEERS = {'trl': 'bench_peer_trl.py', 'none': None}
+SETTINGS = ('default', 'padded', 'tuned')
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What both sides do."""
+  method: str = 'sft'
+  setting: str = 'default'
+  model: str = ''  # directory; empty: random weights of the shape below
+  dataset: str = ''  # .jsonl of prompt and completion, or chosen and rejected; empty: made
+  rows: int = 128  # of a made file
+  batch: int = 16  # examples per step
+  prompt: int = 64  # tokens of the longest prompt
+  completion: int = 256  # tokens of the longest completion, its end token included
+  mean: int = 64  # tokens of a made completion, about
+  layers: int = 4
+  width: int = 256
+  heads: int = 4
+  kv_heads: int = 2
+  mlp: int = 1024
+  vocab: int = 2048
+  learning_rate: float = 1e-4
+  seed: int = 0
+  row_tokens: int = 0  # width of packed rows, and how many a step takes; as ours chooses
+  row_count: int = 0
+  folder: str = ''  # for what a run writes
+
+
+def parse(argv=None):
+  """Returns (arguments, Job)."""
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  hidden = {'row_tokens', 'row_count', 'folder'}
+  choices = {'method': ('sft', 'dpo'), 'setting': SETTINGS}
+  for field in dataclasses.fields(Job):
+    parser.add_argument(f'--{field.name}', type=field.type, default=field.default,
+                        choices=choices.get(field.name),
+                        help=argparse.SUPPRESS if field.name in hidden else None)
+  parser.add_argument('--peer', choices=sorted(PEERS), default='trl')
+  parser.add_argument('--repetitions', type=int, default=3, help='timed passes of each side')
+  parser.add_argument('--set', action='append', default=[], help='a setting of ours to change')
+  parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)
+  arguments = parser.parse_args(argv)
+  return arguments, Job(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Job)})
+
+
+# --- what both sides read
+
+
+def make_model(job, folder):
+  """Writes a model directory: random weights, and a tokenizer whose tokens are words."""
+  import jax
+  import tokenizers
+  import transformers
+
+  from ptjax.models import hub
+  from ptjax.models import presets
+  from ptjax.models import transformer
+  words = ['<pad>', '<eos>', '<unk>', *(f'w{i}' for i in range(job.vocab - 3))]
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+      {word: i for i, word in enumerate(words)}, unk_token='<unk>'))
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  tokenizer = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend, pad_token='<pad>', eos_token='<eos>', unk_token='<unk>')
+  # As a Llama: `transformers` gives every Qwen2 directory Qwen's own tokenizer, whatever lies there.
+  model = presets.get(
+      'tiny', family='llama', qkv_bias=False, num_layers=job.layers, width=job.width, num_heads=job.heads,
+      num_kv_heads=job.kv_heads, mlp_width=job.mlp, vocab_size=job.vocab)
+  params = jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(job.seed))
+  hub.export(folder, model, params, tokenizer)
+  return folder
+
+
+def make_rows(job, path):
+  """Writes rows of random words; the lengths of completions are log-normal around `mean`."""
+  import numpy as np
+  rng = np.random.default_rng(job.seed)
+
+  def words(low, high, size):
+    count = int(np.clip(size, low, high))
+    return ' '.join(f'w{i}' for i in rng.integers(job.vocab - 3, size=count))
+  parts = ('completion',) if job.method == 'sft' else ('chosen', 'rejected')
+  with open(path, 'w', encoding='utf-8') as file:
+    for _ in range(job.rows):
+      row = {'prompt': words(4, job.prompt, rng.integers(8, job.prompt + 1))}
+      for part in parts:
+        row[part] = ' ' + words(4, job.completion - 1, rng.lognormal(np.log(job.mean), 0.6))
+      file.write(json.dumps(row) + '\n')
+  return path
+
+
+# --- a worker: a line when its first step is done, when it has passed the file once, and then one
+# --- for each pass that a line on its standard input asks for
+
+
+class Reporter:
+  """Tells the parent what happens between the steps of a trainer.
+
+  `step` is called after every step. Standard output, on which trainers print, becomes standard
+  error.
+  """
+
+  def __init__(self, steps_per_pass, facts):
+    """Starts at the creation of the process.
+
+    Args:
+      steps_per_pass: `() -> int`, asked after the first step.
+      facts: `() -> dict` about this side, asked after the first pass.
+    """
+    self._out = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)
+    self._steps_per_pass, self._facts = steps_per_pass, facts
+    self._steps = self._tokens = 0
+    self._started = self._cpu = None
+
+  def step(self, tokens, wait):
+    """Counts a step; at the end of a pass, waits for the parent.
+
+    Args:
+      tokens: that the step trained on.
+      wait: `wait()` returns when the step is computed.
+    Returns:
+      Whether to go on.
+    """
+    self._steps += 1
+    self._tokens += tokens
+    if self._steps == 1:
+      wait()
+      self._say(start_seconds=time.time() - process_started(), start_cpu=time.process_time(),
+                **self._facts())
+    if self._steps % self._steps_per_pass():
+      return True
+    wait()
+    seconds, cpu = 0.0, 0.0
+    if self._started is not None:
+      seconds, cpu = time.perf_counter() - self._started, time.process_time() - self._cpu
+    self._say(seconds=seconds, cpu=cpu, trained_tokens=self._tokens,
+              steps=self._steps_per_pass(),
+              peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+              **self._facts())
+    self._tokens = 0
+    if not sys.stdin.readline():
+      return False
+    self._started, self._cpu = time.perf_counter(), time.process_time()
+    return True
+
+  def _say(self, **values):
+    print(json.dumps(values), file=self._out, flush=True)
+
+
+def process_started():
+  """Seconds since the epoch at which this process was created."""
+  with open('/proc/self/stat', encoding='utf-8') as file:
+    ticks = int(file.read().rpartition(')')[2].split()[19])
+  with open('/proc/stat', encoding='utf-8') as file:
+    boot = next(int(line.split()[1]) for line in file if line.startswith('btime'))
+  return boot + ticks / os.sysconf('SC_CLK_TCK')
+
+
+def ptjax_worker(arguments, job):
+  """Our side: the launcher, with a reporter behind its train step."""
+  from jax import monitoring
+  compiles = []
+  monitoring.register_event_duration_secs_listener(
+      lambda event, seconds, **_: compiles.append(seconds)
+      if event == '/jax/core/compile/backend_compile_duration' else None)
+  import jax
+
+  from ptjax import launch
+  from ptjax import stage_run
+  doors = []
+
+  def facts():
+    door = doors[-1]
+    packed = hasattr(door, 'width')
+    return {
+        'name': 'ptjax', 'versions': {'jax': jax.__version__},
+        'device': jax.devices()[0].device_kind, 'compile_seconds': sum(compiles),
+        'compilations': len(compiles), 'row_tokens': door.width if packed else 0,
+        'row_count': door.rows_per_batch if packed else 0}
+
+  reporter = Reporter(lambda: doors[-1].steps_per_epoch, facts)
+  make_source, make_step = stage_run.StageRun.source, stage_run.StageRun.train_step
+  trained = []
+
+  def source(self):
+    made = make_source(self)
+    doors.append(self._data.doors[self.plan.stage.index])
+    batch = made.batch
+
+    def counted(params, step):
+      found = batch(params, step)
+      trained.append(found[1]['train_tokens'])
+      return found
+    made.batch = counted
+    return made
+
+  def train_step(self):
+    step = make_step(self)
+
+    def reported(state, batch):
+      out = step(state, batch)
+      if not reporter.step(trained.pop(), lambda: jax.block_until_ready(out)):
+        signal.raise_signal(signal.SIGTERM)  # the loop saves and leaves
+      return out
+    return reported
+
+  stage_run.StageRun.source, stage_run.StageRun.train_step = source, train_step
+  changes = [
+      f'training.batch_size={job.batch}', f'optimizer.learning_rate={job.learning_rate}',
+      f'data.max_prompt_tokens={job.prompt}', f'rollout.max_completion_tokens={job.completion}',
+      f'data.packing={job.setting != "padded"}', 'checkpoint.every_steps=1000000',
+      f'data.reference_cache={job.folder}/log_probs',
+      f'log.compile_cache={job.folder}/compiled', *arguments.set]
+  out = tempfile.mkdtemp(dir=job.folder)
+  return launch.main([
+      'launch', f'--algo={job.method}', f'--model={job.model}', f'--dataset={job.dataset}',
+      '--steps=1000000', f'--seed={job.seed}', f'--out_dir={out}/run',
+      *(f'--set={change}' for change in changes)])
+
+
+# --- the parent
+
+
+class Side:
+  """A worker process, past its first step."""
+
+  def __init__(self, script, job, more=()):
+    environment = {
+        **os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE.parent), str(HERE)]),
+        'HF_DATASETS_CACHE': os.path.join(job.folder, 'datasets'),
+        'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}  # a GPU is shared with the other side
+    self._log = tempfile.TemporaryFile('w+', dir=job.folder)
+    argv = [f'--{name}={value}' for name, value in dataclasses.asdict(job).items()]
+    self._process = subprocess.Popen(
+        [sys.executable, str(HERE / script), '--worker', *argv, *more], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment)
+    self.first = self._read()
+    self.warm_up, self.runs = None, []
+
+  def _read(self):
+    line = self._process.stdout.readline()
+    if not line:
+      self._log.seek(0)
+      raise SystemExit(f'{self._log.read()[-3000:]}\n'
+                       f'the worker ended with code {self._process.wait()}')
+    return json.loads(line)
+
+  def warm(self):
+    """Lets the worker finish its first pass."""
+    self.warm_up = self._read()
+
+  def run(self):
+    """Lets the worker pass the file once more."""
+    self._process.stdin.write('pass\n')
+    self._process.stdin.flush()
+    self.runs.append(self._read())
+
+  def close(self):
+    """Lets the worker end."""
+    self._process.stdin.close()
+    self._process.wait()
+
+  def kill(self):
+    """Ends the worker at once."""
+    self._process.kill()
+    self._process.wait()
+
+  def row(self, job, warm_start):
+    """What this side did, medians over its passes."""
+    median = lambda name: statistics.median(run[name] for run in self.runs)
+    seconds = [run['seconds'] for run in self.runs]
+    last = self.runs[-1]
+    return {
+        'bench': 'offline', 'name': last['name'], 'job': dataclasses.asdict(job),
+        'dtype': 'float32', 'versions': last['versions'], 'device': last['device'],
+        'repetitions': len(seconds), 'pass_seconds': median('seconds'),
+        'pass_seconds_min': min(seconds), 'pass_seconds_max': max(seconds),
+        'pass_cpu_seconds': median('cpu'), 'steps_per_pass': last['steps'],
+        'trained_tokens_per_pass': last['trained_tokens'],
+        'tokens_per_second': last['trained_tokens'] / median('seconds'),
+        'tokens_per_cpu_second': last['trained_tokens'] / median('cpu'),
+        'cores_used': median('cpu') / median('seconds'), 'peak_rss_mib': last['peak_rss_mib'],
+        'compile_seconds': last['compile_seconds'], 'compilations': last['compilations'],
+        'row_tokens': last['row_tokens'], 'row_count': last['row_count'],
+        'start_seconds': self.first['start_seconds'], 'start_cpu_seconds': self.first['start_cpu'],
+        'warm_start_seconds': warm_start and warm_start['start_seconds'],
+        'warm_start_cpu_seconds': warm_start and warm_start['start_cpu'],
+        'machine': {'cpu': cpu_name(), 'cores': os.cpu_count(), 'python': platform.python_version(),
+                    'load_average': os.getloadavg()[0]}}
+
+
+def cpu_name():
+  try:
+    with open('/proc/cpuinfo', encoding='utf-8') as file:
+      return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
+  except (OSError, StopIteration):
+    return platform.processor() or platform.machine()
+
+
+def check_comparable(sides):
+  """Raises SystemExit where the two sides did different work."""
+  for name, words in (('trained_tokens', 'tokens trained on'), ('steps', 'optimizer steps')):
+    counts = [sorted({run[name] for run in side.runs}) for side in sides]
+    if any(count != counts[0] or len(count) > 1 for count in counts):
+      raise SystemExit(f'not comparable: {words} in a pass: '
+                       + ' and '.join(', '.join(map(str, count)) for count in counts))
+
+
+def print_table(rows):
+  """Prints medians, and each row's throughput and memory as ratios: the first row's over its."""
+  columns = {
+      'pass s': ('pass_seconds', '.2f'), 'CPU s': ('pass_cpu_seconds', '.2f'),
+      'tokens/s': ('tokens_per_second', '.0f'), '/CPU s': ('tokens_per_cpu_second', '.0f'),
+      'cores': ('cores_used', '.2f'), 'RSS MiB': ('peak_rss_mib', '.0f'),
+      'start s': ('start_seconds', '.1f'), 'its CPU': ('start_cpu_seconds', '.1f'),
+      'warm s': ('warm_start_seconds', '.1f'), 'its CPU ': ('warm_start_cpu_seconds', '.1f'),
+      'programs': ('compilations', 'd'), 'compile s': ('compile_seconds', '.1f')}
+  print(' ' * 12 + ''.join(f'{title:>10}' for title in columns) + '   ours/its tokens/s, CPU, RSS')
+  for row in rows:
+    row['ours_over_its'] = {
+        name: rows[0][name] / row[name]
+        for name in ('tokens_per_second', 'tokens_per_cpu_second', 'peak_rss_mib')}
+    cells = ('-' if row[key] is None else format(row[key], kind) for key, kind in columns.values())
+    print(f'{row["name"]:12}' + ''.join(f'{cell:>10}' for cell in cells) + '   '
+          + ' '.join(f'{ratio:5.2f}x' for ratio in row['ours_over_its'].values()))
+
+
+def main():
+  arguments, job = parse()
+  if arguments.worker:
+    return ptjax_worker(arguments, job)
+  folder = tempfile.mkdtemp(prefix='bench_offline_')
+  try:
+    compare(arguments, dataclasses.replace(
+        job, folder=folder, model=job.model or make_model(job, f'{folder}/model'),
+        dataset=job.dataset or make_rows(job, f'{folder}/rows.jsonl')))
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def compare(arguments, job):
+  """Runs both sides in turn and prints what they did."""
+  changes = [f'--set={change}' for change in arguments.set]
+  sides = [Side('bench_offline.py', job, changes)]
+  try:
+    sides[0].warm()
+    if PEERS[arguments.peer]:
+      if job.setting == 'tuned':
+        job = dataclasses.replace(job, row_tokens=sides[0].first['row_tokens'],
+                                  row_count=sides[0].first['row_count'])
+      sides.append(Side(PEERS[arguments.peer], job))
+      sides[-1].warm()
+    for _ in range(arguments.repetitions):
+      for side in sides:
+        side.run()
+    check_comparable(sides)
+    for side in sides:
+      side.close()
+    again = Side('bench_offline.py', job, changes)
+    again.kill()
+  finally:
+    for side in sides:
+      side.kill()
+  rows = [side.row(job, again.first if side is sides[0] else None) for side in sides]
+  print_table(rows)
+  for row in rows:
+    print(json.dumps(row))
+
+
+if __name__ == '__main__':
+  sys.exit(main())

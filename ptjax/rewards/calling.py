@@ -134,7 +134,7 @@ class Call:
     try:
       result, self.seconds = self._run(self._batch, self._future)
       values, problems = check(result, size)
-    except _Unusable as error:  # nothing to learn from single completions
+    except Unusable as error:  # nothing to learn from single completions
       return self._all_failed(str(error), size, on_error)
     except (Exception, SystemExit) as error:  # pylint: disable=broad-except; it is the user's code
       return self._one_by_one(error, on_error)
@@ -211,11 +211,11 @@ def check(result, size):
   """
   if isinstance(result, (str, bytes, dict, set)) or not hasattr(result, '__iter__') or (
       getattr(result, 'shape', None) == ()):
-    raise _Unusable(f'returned {shorten(result, 80)} of type {type(result).__name__}; expected a '
+    raise Unusable(f'returned {shorten(result, 80)} of type {type(result).__name__}; expected a '
                     f'list of {size} numbers, one per completion')
   result = list(result)
   if len(result) != size:
-    raise _Unusable(f'returned {len(result)} values for {size} completions; expected one each')
+    raise Unusable(f'returned {len(result)} values for {size} completions; expected one each')
   values, problems = np.full(size, np.nan), {}
   for index, value in enumerate(result):
     if value is None:
@@ -235,7 +235,7 @@ def check(result, size):
   return values, problems
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
   """The function gave no usable answer for the whole batch."""
 
 
@@ -252,7 +252,7 @@ async def _timed(call, timeout_seconds):
   try:
     result, error = await asyncio.wait_for(_settled(call), timeout_seconds)
   except TimeoutError:  # ours alone: one that the function raised comes settled
-    raise _Unusable(f'gave no answer within {timeout_seconds:g} s') from None
+    raise Unusable(f'gave no answer within {timeout_seconds:g} s') from None
   if error is not None:
     raise error
   return result, time.perf_counter() - start
@@ -278,13 +278,13 @@ def _in_thread(call, timeout_seconds):
   threading.Thread(target=run, daemon=True, name='ptjax-reward-call').start()
   done, _ = concurrent.futures.wait([future], timeout_seconds)
   if not done:
-    raise _Unusable(f'gave no answer within {timeout_seconds:g} s')
+    raise Unusable(f'gave no answer within {timeout_seconds:g} s')
   return future.result()
 
 
 def _describe(error):
   """Says what was raised and, from the deepest frame, where."""
-  if isinstance(error, _Unusable):
+  if isinstance(error, Unusable):
     return str(error)
   frames = traceback.extract_tb(error.__traceback__)
   where = f' at {pathlib.Path(frames[-1].filename).name}:{frames[-1].lineno}' if frames else ''

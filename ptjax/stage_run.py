@@ -66,6 +66,20 @@ class StageRun:
     """Shapes and shardings of the state that this stage's checkpoints hold."""
     return _with_shardings(jax.eval_shape(self._init, self._shapes), self._shardings)
 
+  def shapes(self, role):
+    """Shapes and shardings of a role's parameters: of 'policy' those that train, else a model's."""
+    if role == 'policy':
+      return self.targets().params
+    if role == 'teacher':
+      found = hub.param_shapes(self._policies[role].config)
+      return _with_shardings(found, self._place(found))
+    return self._whole_shapes
+
+  def frozen_shapes(self):
+    """Shapes and shardings of the trees that take part in a step without training."""
+    found = {'base': self._whole_shapes} if self._config.lora.rank else {}
+    return {**found, **{role: self.shapes(role) for role in self._frozen_roles}}
+
   def begin(self, params):
     """Returns the state before the first step, from the model's parameters (or None: load them)."""
     if params is None:
@@ -73,7 +87,7 @@ class StageRun:
     if self._has_critic:
       params = {**params, 'critic': jax.jit(
           self._init_critic, out_shardings=self._place(self._whole_shapes['critic']))(params)}
-    if self._keeps_start:
+    if self.keeps_start:
       reference.save_params(self._folder / 'params', params)
     self._load_frozen()
     self._attach_reference(params)
@@ -84,13 +98,13 @@ class StageRun:
       self._frozen['base'] = params
       params = jax.jit(lambda p, k: trained.start(lora, p, k)[0],
                        out_shardings=self._shardings.params)(params, key)
-    elif self._keeps_start:
+    elif self.keeps_start:
       self._start = jax.tree.map(jnp.copy, params)
     return jax.jit(self._init, out_shardings=self._shardings, donate_argnums=0)(params)
 
   def resume(self):
     """Gets everything but the state, which comes from a checkpoint, as `begin` left it."""
-    if self._keeps_start:
+    if self.keeps_start:
       self._start = reference.load_params(self._folder / 'params', self._whole_shapes)
       if self._config.lora.rank:
         self._frozen['base'] = self._start
@@ -128,79 +142,111 @@ class StageRun:
     return sharding.tree_sharding(self._mesh, shapes)
 
   @property
-  def _keeps_start(self):
+  def keeps_start(self):
     """Whether the stage goes on reading the model it began with: adapters' base, or reference."""
     return bool(self._config.lora.rank) or (self.plan.online and self.bound.needs_reference)
 
+  @property
+  def _frozen_roles(self):
+    return [role for role in ('teacher',)
+            if role in self.plan.row.models and role in self._policies]
+
   def _load_frozen(self):
-    for role in ('teacher',):
-      if role in self.plan.row.models and role in self._policies:
-        self._frozen[role] = self._policies[role].load(self._place)
+    for role in self._frozen_roles:
+      self._frozen[role] = self._policies[role].load(self._place)
 
   # --- what the loop calls
 
   def train_step(self):
     """Returns `(state, batch) -> (state, metrics)`."""
-    step = training_step.make_train_step(
+    step = self.update()
+    return lambda state, batch: step(state, batch, self._frozen)
+
+  def update(self):
+    """Returns the compiled `(state, batch, frozen) -> (state, metrics)`."""
+    return training_step.make_train_step(
         self._forward, self.bound.loss, self._optimizer, schedule=self._schedule,
         seed=self._config.seed, mesh=self._mesh, state_sharding=self._shardings,
         micro_batches=self._config.training.micro_batches)
-    return lambda state, batch: step(state, batch, self._frozen)
 
   def source(self):
     """Returns where the stage's batches come from."""
     config, door = self._config, self._data.doors[self.plan.stage.index]
     if not self.plan.online:
       return offline.OfflineSource(door, mesh=self._mesh)
-    recipe = recipes.RECIPES[self.plan.row.recipe]
-    names = set(inspect.signature(self.bound.loss).parameters)
-    if self.bound.estimator is not None:
-      names |= set(inspect.signature(self.bound.estimator).parameters)
-    collector = experience.Collector(
-        door=door, tokenizer=self._policy.tokenizer, samplers=self._samplers(recipe, names),
-        reward_set=self._data.rewards, estimator=self.bound.estimator, rollout=config.rollout,
-        seed=config.seed, mask_truncated=config.training.mask_truncated,
-        log_probs=self._log_probs(names), recipe=recipe,
+    samplers = {name: self._sampler(*who) for name, who in self.drawn_by().items()}
+    log_probs = {name: self._pass(*what) for name, what in self.passes().items()}
+    return online.RolloutSource(
+        self.collector(door, samplers, log_probs, self._data.rewards), config.training,
+        seed=config.seed, mesh=self._mesh, samples_every=config.log.samples_every)
+
+  def collector(self, door, samplers, log_probs, reward_set):
+    """Returns what makes batches of prompts (see experience.Collector for the arguments)."""
+    config = self._config
+    return experience.Collector(
+        door=door, tokenizer=self._policy.tokenizer, samplers=samplers, reward_set=reward_set,
+        estimator=self.bound.estimator, rollout=config.rollout, seed=config.seed,
+        mask_truncated=config.training.mask_truncated, log_probs=log_probs, recipe=self._recipe,
         takes_rewards='rewards' in inspect.signature(self.bound.loss).parameters,
         num_samples=config.log.samples)
-    return online.RolloutSource(collector, config.training, seed=config.seed, mesh=self._mesh,
-                                samples_every=config.log.samples_every)
 
-  def _samplers(self, recipe, names):
-    """Who draws completions: the policy, and who else the method asks."""
+  def drawn_by(self):
+    """Sampler's name -> (role of the model, SamplingOptions): who may be asked for completions."""
     options = assembly.sampling_options(self._config, self._policy)
-    make = lambda policy, options: sampler.make_sampler(
-        policy.config, options, mesh=self._mesh, decode_text=self._policy.tokenizer.decode)
-    own = make(self._policy, options)
-    made = {'policy': lambda params, prompts, key: own(self.whole(params), prompts, key)}
-    if 'greedy_rewards' in names:
-      greedy = make(self._policy, dataclasses.replace(options, temperature=0.0, group_size=1))
-      made['greedy'] = lambda params, prompts, key: greedy(self.whole(params), prompts, key)
-    if 'optimal_values' in names or 'reference' in recipe.samplers:
-      made['reference'] = lambda params, prompts, key: own(self._start, prompts, key)
-    if 'teacher' in recipe.samplers:
-      teachers = make(self._policies['teacher'], options)
-      made['teacher'] = lambda params, prompts, key: teachers(
-          self._frozen['teacher'], prompts, key)
-    return made
+    found = {'policy': ('policy', options)}
+    if 'greedy_rewards' in self._arguments:
+      found['greedy'] = 'policy', dataclasses.replace(options, temperature=0.0, group_size=1)
+    if 'optimal_values' in self._arguments or 'reference' in self._recipe.samplers:
+      found['reference'] = 'reference', options
+    if 'teacher' in self._recipe.samplers:
+      found['teacher'] = 'teacher', options
+    return found
 
-  def _log_probs(self, names):
-    """Input's name -> `(params, batch) -> [B, T]`, for those that the method reads."""
+  def passes(self):
+    """Input's name -> (role of the model, output): forward passes over every rollout."""
     found = {}
     if self.bound.needs_old_log_probs and not self._config.rollout.reuse_log_probs:
-      found['old_log_probs'] = self._host_outputs(self._forward)
-    if 'old_values' in names:
-      found['old_values'] = self._host_outputs(self._forward, 'values')
+      found['old_log_probs'] = 'policy', 'log_probs'
+    if 'old_values' in self._arguments:
+      found['old_values'] = 'policy', 'values'
     if self.bound.needs_reference:
-      of_reference = self._host_outputs(
-          assembly.make_forward(self.plan, self._policies, role='reference'))
-      found['reference_log_probs'] = lambda params, batch: of_reference(self._start, batch)
-    if 'teacher_log_probs' in names:
-      of_teacher = self._host_outputs(
-          assembly.make_forward(self.plan, self._policies, role='teacher'))
-      found['teacher_log_probs'] = lambda params, batch: of_teacher(
-          self._frozen['teacher'], batch)
+      found['reference_log_probs'] = 'reference', 'log_probs'
+    if 'teacher_log_probs' in self._arguments:
+      found['teacher_log_probs'] = 'teacher', 'log_probs'
     return found
+
+  def pass_step(self, role, output):
+    """Returns the compiled `(params, batch, frozen) -> [B, T]` of one of `passes`."""
+    forward = self._forward if role == 'policy' else (
+        assembly.make_forward(self.plan, self._policies, role=role))
+    return training_step.make_log_prob_step(forward, output=output, mesh=self._mesh)
+
+  @property
+  def _recipe(self):
+    return recipes.RECIPES[self.plan.row.recipe]
+
+  @property
+  def _arguments(self):
+    """What loss and advantage estimator ask for."""
+    functions = filter(None, (self.bound.loss, self.bound.estimator))
+    return {name for function in functions for name in inspect.signature(function).parameters}
+
+  def _sampler(self, role, options):
+    policy = self._policies['teacher' if role == 'teacher' else 'policy']
+    draw = sampler.make_sampler(policy.config, options, mesh=self._mesh,
+                                decode_text=self._policy.tokenizer.decode)
+    if role == 'policy':
+      return lambda params, prompts, key: draw(self.whole(params), prompts, key)
+    return lambda params, prompts, key: draw(self._frozen_model(role), prompts, key)
+
+  def _pass(self, role, output):
+    outputs = self._host_outputs(role, output)
+    if role == 'policy':
+      return outputs
+    return lambda params, batch: outputs(self._frozen_model(role), batch)
+
+  def _frozen_model(self, role):
+    return self._start if role == 'reference' else self._frozen[role]
 
   def evaluation(self):
     """Returns `evaluate(params) -> metrics` of the stage's loss on held-out rows, or None."""
@@ -213,18 +259,23 @@ class StageRun:
         batch_size=self._config.training.batch_size, mesh=self._mesh,
         name=self.plan.row.name)
 
-  def _host_outputs(self, forward, output='log_probs'):
-    step = training_step.make_log_prob_step(forward, output=output, mesh=self._mesh)
+  def _host_outputs(self, role, output='log_probs'):
+    step = self.pass_step(role, output)
     return lambda params, batch: sharding.fetch(
         step(params, training_step.place(batch, self._mesh), frozen=self._frozen))
 
   # --- the reference of an offline stage
 
+  @property
+  def reads_reference(self):
+    """Whether the stage's rows come with log-probs of the model as the stage found it."""
+    return not self.plan.online and self.bound.needs_reference
+
   def _attach_reference(self, params):
     """Gives offline rows their reference log-probs: computed from `params`, or read if None."""
-    if self.plan.online or not self.bound.needs_reference:
+    if not self.reads_reference:
       return
-    score = self._host_outputs(assembly.make_forward(self.plan, self._policies, role='reference'))
+    score = self._host_outputs('reference')
     index = self.plan.stage.index
     if params is not None:
       weights = log_prob_cache.digest_params(params)

@@ -21,6 +21,7 @@ from ptjax.models import hub
 from ptjax.models import peft
 from ptjax.models import presets
 from ptjax.training import checkpoint
+from ptjax.training import doctor
 from ptjax.training import loop
 from ptjax.training import metrics as metrics_files
 from ptjax.training import progress
@@ -103,6 +104,9 @@ class _Run:
     at_step = restored.step if restored else None
     self._writer = metrics_files.MetricsWriter(
         self._folder.path, resume_step=at_step, tensorboard=self._config.log.tensorboard)
+    if jax.process_index() == 0:
+      self._doctor = doctor.Doctor(
+          self._folder.path, metrics_files.read(self._folder.path / metrics_files.METRICS))
     completed = True
     with self._writer, loop.Interrupt() as interrupt, progress.Progress(
         self._total_steps, initial=at_step or 0) as self._progress:
@@ -127,6 +131,8 @@ class _Run:
     if self._config.log.report:
       lines.append(f'report  {report.write_report(self._folder.path)}')
     print(progress.final_table(self._folder.path))
+    lines += [f'{finding["level"]}   {finding["title"]} (from step {finding["step"]})'
+              for finding in self._doctor.findings]
     print('\n'.join(lines))
 
   def _targets(self, metadata):
@@ -150,6 +156,8 @@ class _Run:
       state = restored.arrays
       self._counters = restored.metadata['counters']
       made.resume()
+    if jax.process_index() == 0:
+      self._doctor.begin_stage(state.params)
     evaluate = self._evaluation(made)
     if restored is None and stage.index == 0 and evaluate is not None:
       self._record(0, {**evaluate(state.params), 'stage': 'start'}, None)
@@ -201,6 +209,7 @@ class _Run:
     metrics['perf/compilations'] = self._compilations.count
     if jax.process_index() == 0:
       self._writer.write(step, metrics)
+      self._doctor.watch({**metrics, 'step': step})
       if samples:
         self._writer.write_samples(step, samples)
     self._progress.update(step, metrics)

@@ -1,8 +1,12 @@
 """Several reward functions as one: parse `--reward` specs, run the functions, add up what they say.
 
-A spec is `name`, `name(option=value)` or `path/to/file.py:function`, each with an optional weight:
+A spec is `name`, `name(option=value)`, `path/to/file.py:function`, or what a model says: `model:DIR`,
+`process:DIR`, `judge:DIR` or `judge:URL(model='name')`; each with an optional weight:
 `length(target=40)*0.5`. Functions are `f(prompts, completions, **columns) -> list[float | None]`,
 plain or async; `None` is "no opinion".
+
+A function with a true attribute `collective` is a program of all processes: each of them calls it
+on all rows, where others are called on each process's own.
 """
 
 import ast
@@ -44,8 +48,11 @@ BUILT_INS = {
 # What a task is rewarded by when `--reward` says nothing.
 TASK_DEFAULTS = {'arithmetic': ('arithmetic',), 'gsm8k': ('gsm8k',), 'math': ('math',)}
 
+LEARNED = ('model', 'process', 'judge')  # kinds of specs for which a model is loaded
+
 _SPEC = re.compile(r'(?P<body>.*?)(?:\*(?P<weight>[^*/():]*))?', re.DOTALL)
 _BUILT_IN = re.compile(r'(?P<name>\w+)\s*(?P<options>\(.*\))?', re.DOTALL)
+_LEARNED = re.compile(r'(?P<kind>\w+):(?P<place>.*?)\s*(?P<options>\([^()]*=.*\))?', re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +72,12 @@ class RewardTable:
   scored: np.ndarray  # [B] bool; False where there is none, so the completion must not train
   report: dict  # '<name>/<what happened>' -> how often; only what did happen
   seconds: dict  # name -> seconds until its values were there
+  # Of process rewards: name -> B lists of (completion token that ends a step, its reward).
+  steps: dict = dataclasses.field(default_factory=dict)
 
 
 def load(specs, on_error='raise', *, timeout_seconds=5.0, workers=2,
-         function_timeout_seconds=None):
+         function_timeout_seconds=None, learned=None):
   """Returns the `RewardSet` of some specs.
 
   Args:
@@ -79,6 +88,8 @@ def load(specs, on_error='raise', *, timeout_seconds=5.0, workers=2,
     workers: processes for that.
     function_timeout_seconds: per call of a function; None waits for ever. With it, plain functions
       run outside the main thread, where `signal.alarm` does not work.
+    learned: `learned(kind, place, options) -> function` for the kinds of `LEARNED`; None: there
+      are no models here.
   Raises:
     config.UserError: no spec, an unknown name (near ones listed), a bad option or weight, or a
       file that does not load.
@@ -88,7 +99,7 @@ def load(specs, on_error='raise', *, timeout_seconds=5.0, workers=2,
   if isinstance(specs, str) or callable(specs):
     specs = [specs]
   pool = math_answers.shared_pool(timeout_seconds, workers)
-  components = [_component(spec, pool) for spec in specs]
+  components = [_component(spec, pool, learned) for spec in specs]
   if not components:
     raise config.UserError('no reward: name one, e.g. --reward=path/to/file.py:function')
   counts = collections.Counter()
@@ -130,6 +141,26 @@ class RewardSet:
             f'{", ".join(sorted(columns)) or "none"}; map one with '
             f'--set data.columns.{missing[0]}=<name>')
 
+  def parts(self):
+    """Returns [(RewardSet, whether its functions are collective)]: at most one of each kind."""
+    found = []
+    for collective in (False, True):
+      own = [c for c in self.components if is_collective(c.function) == collective]
+      if len(own) == len(self.components):
+        return [(self, collective)]
+      part = RewardSet(own, self._on_error, self._function_timeout_seconds)
+      part._loop = self._loop  # clients of async functions belong to one loop
+      found.append((part, collective))
+    return found
+
+  def join(self, tables):
+    """Returns the `RewardTable` of all functions from those of `parts`."""
+    names = [name for table in tables for name in table.names]
+    order = [names.index(name) for name in self.names]
+    together = lambda field: {k: v for table in tables for k, v in getattr(table, field).items()}
+    values = np.concatenate([table.values for table in tables], axis=-1)[:, order]
+    return self._table(values, together('report'), together('seconds'), together('steps'))
+
   def score(self, prompts, completions, columns=None):
     """Runs every function on a batch; async ones run at the same time.
 
@@ -158,7 +189,19 @@ class RewardSet:
     finally:
       for call in calls:
         call.cancel()
-    return self._table(values, calls)
+    report, steps = {}, {}
+    for component, column, call in zip(self.components, np.isnan(values).T, calls):
+      counts = {'none': int(column.sum()), 'errors': call.failures}
+      if hasattr(component.function, 'take_report'):
+        counts |= component.function.take_report()
+      report |= {f'{component.name}/{what}': count for what, count in counts.items() if count}
+      if hasattr(component.function, 'take_steps'):
+        steps[component.name] = component.function.take_steps()
+      if call.failures:
+        _LOGGER.warning('reward %r failed on %d of %d completions, which count 0 in it',
+                        component.name, call.failures, len(column))
+    return self._table(values, report, {c.name: call.seconds
+                                        for c, call in zip(self.components, calls)}, steps)
 
   def close(self):
     """Ends worker processes and the event loop; a later `score` starts them again."""
@@ -173,27 +216,22 @@ class RewardSet:
   def __exit__(self, *unused):
     self.close()
 
-  def _table(self, values, calls):
+  def _table(self, values, report, seconds, steps):
     absent = np.isnan(values)
     weights = np.array([component.weight for component in self.components])
     scored = ~absent.all(axis=-1)
     total = np.where(absent, 0.0, values) @ weights
-    report = {}
-    for component, column, call in zip(self.components, absent.T, calls):
-      counts = {'none': int(column.sum()), 'errors': call.failures}
-      if hasattr(component.function, 'take_report'):
-        counts |= component.function.take_report()
-      report |= {f'{component.name}/{what}': count for what, count in counts.items() if count}
-      if call.failures:
-        _LOGGER.warning('reward %r failed on %d of %d completions, which count 0 in it',
-                        component.name, call.failures, len(column))
     return RewardTable(
         names=self.names, values=values, total=np.where(scored, total, np.nan), scored=scored,
-        report=report, seconds={component.name: call.seconds
-                                for component, call in zip(self.components, calls)})
+        report=report, seconds=seconds, steps=steps)
 
 
-def _component(spec, pool):
+def is_collective(function):
+  """Whether all processes must call a reward function together, each on all rows."""
+  return bool(getattr(function, 'collective', False))
+
+
+def _component(spec, pool, learned):
   """Returns the `Component` a spec stands for."""
   if isinstance(spec, Component):
     return spec
@@ -201,6 +239,12 @@ def _component(spec, pool):
     return Component(getattr(spec, '__name__', type(spec).__name__), spec)
   match = _SPEC.fullmatch(spec.strip())
   body, weight = match['body'].strip(), _weight(spec, match['weight'])
+  model = _LEARNED.fullmatch(body)
+  if model and model['kind'] in LEARNED:
+    if learned is None:
+      raise config.UserError(f'reward {spec!r}: models give rewards in training alone')
+    options = read_options(spec, model['options'])
+    return Component(model['kind'], learned(model['kind'], model['place'], options), weight)
   built_in = _BUILT_IN.fullmatch(body)
   if built_in:
     name = built_in['name']
@@ -209,8 +253,8 @@ def _component(spec, pool):
   if colon and name.isidentifier():
     return Component(name, user.load_function(path, name), weight)
   raise config.UserError(
-      f'reward {spec!r}: expected name, name(option=value) or path/to/file.py:function, each with '
-      f'an optional *weight; built-in names: {", ".join(BUILT_INS)}')
+      f'reward {spec!r}: expected name, name(option=value), path/to/file.py:function or model:DIR, '
+      f'each with an optional *weight; built-in names: {", ".join(BUILT_INS)}')
 
 
 def _weight(spec, text):
@@ -233,7 +277,7 @@ def _built_in(spec, name, options_text, pool):
   make = BUILT_INS[name]
   known = {option: parameter for option, parameter in inspect.signature(make).parameters.items()
            if option != 'pool'}
-  options = _options(spec, options_text)
+  options = read_options(spec, options_text)
   for option in options:
     if option not in known:
       hint = config.near_names(option, known) if known else '; it has none'
@@ -245,7 +289,8 @@ def _built_in(spec, name, options_text, pool):
   return make(**options, pool=pool) if is_math else make(**options)
 
 
-def _options(spec, text):
+def read_options(spec, text):
+  """Reads `(name=value, ...)`, or None; raises UserError naming `spec`."""
   try:
     call = ast.parse(f'f{text or "()"}', mode='eval').body
     if call.args:

@@ -174,32 +174,6 @@ class JudgeReward:
     return self._judge.take_report()
 
 
-def win_rates(compare, prompts, completions, group_size):
-  """How often each completion beats the others of its group.
-
-  Args:
-    compare: of a judge.
-    prompts: B texts or message lists, prompt-major.
-    completions: B texts.
-    group_size: completions per prompt; each pair of a group is compared once.
-  Returns:
-    [B] float64; mean of P(wins) over the verdicts on a completion, NaN where there is none.
-  """
-  count = len(completions)
-  pairs = np.array([(i, j) for start in range(0, count, group_size)
-                    for i in range(start, start + group_size)
-                    for j in range(i + 1, start + group_size)], int).reshape(-1, 2)
-  pick = lambda values, rows: [values[i] for i in rows]
-  chances = compare(pick(prompts, pairs[:, 0]), pick(completions, pairs[:, 0]),
-                    pick(completions, pairs[:, 1]))
-  sums, counts = np.zeros(count), np.zeros(count)
-  seen = ~np.isnan(chances)
-  for column, wins in ((0, chances), (1, 1.0 - chances)):
-    np.add.at(sums, pairs[seen, column], wins[seen])
-    np.add.at(counts, pairs[seen, column], 1)
-  return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-
-
 def read_verdict(reply):
   """Returns 1 for A, 0 for B, ½ for a tie, None where a reply has no verdict.
 

@@ -62,7 +62,7 @@ def test_weights_options_and_user_files(tmp_path):
     ('length(target=-1)', 'expected a positive number'),
     ('regex', r'say regex\(pattern=...\)'),
     ('no_such_file.py:f', 'no such file'),
-    ('no_such_file.py', 'expected name, name.option=value. or path/to/file.py:function'),
+    ('no_such_file.py', 'expected name, name.option=value., path/to/file.py:function'),
     ('', 'expected name'),
 ])
 def test_bad_specs(spec, message):

@@ -76,19 +76,6 @@ def test_a_reward_model_judges_by_bradley_and_terry():
   np.testing.assert_allclose(chances, [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(2)), 1.0], rtol=1e-12)
 
 
-def test_win_rates_compare_every_pair_of_a_group_once():
-  asked = []
-
-  def compare(prompts, first, second):
-    asked.extend(zip(prompts, first, second))
-    return np.array([1.0 if len(a) > len(b) else 0.0 for a, b in zip(first, second)])
-  rates = judge.win_rates(compare, ['p'] * 3 + ['q'] * 3, ['a', 'bb', 'ccc', 'ff', 'e', 'ddd'], 3)
-  np.testing.assert_array_equal(rates, [0, 0.5, 1, 0.5, 0, 1])
-  assert len(asked) == 6 and {p for p, _, _ in asked} == {'p', 'q'}
-  silent = lambda prompts, first, second: np.full(len(first), np.nan)
-  assert np.isnan(judge.win_rates(silent, ['p'] * 2, ['a', 'b'], 2)).all()
-
-
 def test_messages_are_shown_as_text_and_rubrics_named():
   seen = []
   judge.Judge(lambda c: seen.extend(c) or ['[[5]]'], rubric='brevity').rate(

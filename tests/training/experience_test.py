@@ -130,15 +130,3 @@ def test_texts_stop_where_the_mask_stops(rollouts):
   found = experience.texts(rollouts, Tokenizer())
   assert [len(text.split()) for text in found] == LENGTHS.tolist()
   assert found[1] == f'{rollouts.tokens[1, 0]} {rollouts.tokens[1, 1]}'
-
-
-def test_scores_come_with_every_column():
-  def judge(prompts, completions, answer, **columns):
-    return [float(c == a) for c, a in zip(completions, answer)]
-  with combine.load([judge]) as rewards:
-    table = experience.score(rewards, ['p'] * 3, ['1', '2', '3'], {'answer': ['1', '1', '3']})
-  np.testing.assert_array_equal(table.total, [1, 0, 1])
-  def down(prompts, completions):
-    raise OSError('down')
-  with combine.load([down]) as rewards, pytest.raises(settings.UserError, match='down'):
-    experience.score(rewards, ['p'], ['1'], {})

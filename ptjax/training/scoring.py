@@ -1,0 +1,73 @@
+"""Rewards and verdicts over several processes: who calls which function on which rows."""
+
+import dataclasses
+
+import numpy as np
+
+from ptjax import config as settings
+from ptjax import sharding
+
+
+def score(reward_set, prompts, completions, columns):
+  """Scores completions: functions on the host each process its own rows, models all together.
+
+  Args:
+    reward_set: rewards.combine.RewardSet.
+    prompts: B strings, each prompt repeated for its group.
+    completions: B strings.
+    columns: dict of B values each, the data set's further columns.
+  Returns:
+    rewards.combine.RewardTable, the same on every process.
+  """
+  tables = []
+  for part, collective in reward_set.parts():
+    if collective:
+      tables.append(part.score(prompts, completions, columns))
+    else:
+      tables.append(_score_own_rows(part, prompts, completions, columns))
+  return tables[0] if len(tables) == 1 else reward_set.join(tables)
+
+
+def _score_own_rows(reward_set, prompts, completions, columns):
+  count = len(completions)
+  table = _on_own_rows(count, lambda mine: reward_set.score(
+      prompts[mine], completions[mine], {name: values[mine] for name, values in columns.items()}))
+  values, total, scored = (sharding.gather_rows(np.asarray(x), count)
+                           for x in (table.values, table.total, table.scored))
+  report = {}
+  for part in sharding.gather_json(table.report):
+    for name, number in part.items():
+      report[name] = report.get(name, 0) + number
+  return dataclasses.replace(table, values=values, total=total, scored=scored, report=report)
+
+
+def make_compare(judge):
+  """Returns `compare(prompts, first, second) -> P(first wins)`, the same on every process.
+
+  Args:
+    judge: see rewards.judge; one that asks a server does so on each process for its own rows.
+  Returns:
+    The function: of N prompts, texts or message lists, and N texts twice; [N] float64 with NaN
+    where there is no verdict.
+  """
+  def compare(prompts, first, second):
+    if judge.collective:
+      return judge.compare(prompts, first, second)
+    count = len(first)
+    mine = _on_own_rows(count, lambda rows: judge.compare(prompts[rows], first[rows], second[rows]))
+    return sharding.gather_rows(np.asarray(mine, np.float64), count)
+  return compare
+
+
+def _on_own_rows(count, function):
+  """Calls `function(rows)` for this process's share of `count` rows; all raise if one does."""
+  found, failure = None, None
+  try:
+    found = function(sharding.local_rows(count))
+  except Exception as error:  # raised below, once every process knows
+    failure = error
+  failures = [text for text in sharding.gather_json(None if failure is None else str(failure))
+              if text is not None]
+  if failures:
+    raise failure or settings.UserError(failures[0])
+  return found

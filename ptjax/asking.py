@@ -39,7 +39,10 @@ def make_log_likelihood(policy, mesh, *, max_tokens, batch_size=64):
 
 
 def make_score(policy, mesh, *, max_tokens, batch_size=64):
-  """Returns `f(params, prompts, completions) -> [N]` of a reward model; as above otherwise."""
+  """Returns `f(params, prompts, completions, *, ids=None) -> [N]` of a reward model.
+
+  See likelihood.make_score for `ids`; as above otherwise.
+  """
   def forward(params, batch):
     return {'scores': policy_model.scores(
         policy.config, params, batch.prompt_tokens, batch.prompt_lengths, batch.tokens,
@@ -48,14 +51,31 @@ def make_score(policy, mesh, *, max_tokens, batch_size=64):
   ask = _compiled(forward, mesh)
   options = _options(policy, mesh, max_tokens, batch_size)
 
-  def score(params, prompts, completions):
+  def score(params, prompts, completions, *, ids=None):
     return likelihood.make_score(
-        lambda batch: ask(params, batch), policy.tokenizer, **options)(prompts, completions)
+        lambda batch: ask(params, batch), policy.tokenizer, **options)(
+            prompts, completions, ids=ids)
   return score
 
 
+def make_step_scores(policy, mesh, *, max_tokens, batch_size=64):
+  """Returns `f(params, prompts, solutions) -> N lists` of a process reward model; as above."""
+  def forward(params, batch):
+    return {'step_logits': policy_model.token_scores(
+        policy.config, params, batch.prompt_tokens, batch.prompt_lengths, batch.tokens)}
+
+  ask = _compiled(forward, mesh)
+  options = _options(policy, mesh, max_tokens, batch_size)
+  del options['end_ids']  # solutions end with their last step
+
+  def step_scores(params, prompts, solutions):
+    return likelihood.make_step_scores(
+        lambda batch: ask(params, batch), policy.tokenizer, **options)(prompts, solutions)
+  return step_scores
+
+
 def sample(policy, params, mesh, rows, options, *, max_prompt_tokens, key, overlong='drop',
-           batch_size=16, skip=()):
+           batch_size=16, skip=(), draw=None):
   """Samples completions of each row's prompt.
 
   A row's samples depend on its number and the key, not on the other rows; so what is skipped
@@ -72,6 +92,7 @@ def sample(policy, params, mesh, rows, options, *, max_prompt_tokens, key, overl
     overlong: what becomes of a longer prompt: `drop`, `truncate` (its left end) or `error`.
     batch_size: prompts decoded together.
     skip: row numbers to leave out.
+    draw: sampler.Sampler of policy and options, for who asks more than once; None makes one.
   Yields:
     Per batch, a list of (row number, texts, truncated): `group_size` completions as text that
     continues the prompt's, and whether the length limit ended each.
@@ -82,7 +103,8 @@ def sample(policy, params, mesh, rows, options, *, max_prompt_tokens, key, overl
       max_prompt_tokens=max_prompt_tokens, overlong=overlong)
   if door.intake.dropped:
     logging.warning('samples: %s', door.intake)
-  draw = sampler.make_sampler(policy.config, options, mesh=mesh, decode_text=tokenizer.decode)
+  draw = draw or sampler.make_sampler(policy.config, options, mesh=mesh,
+                                      decode_text=tokenizer.decode)
   everything = door.take(range(len(door)))
   wanted = np.array([i for i, row in enumerate(everything.ids) if int(row) not in skip], int)
   size = min(batch_size, len(wanted))

@@ -43,19 +43,11 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(), se
       solutions.append(steps)
       labels.append(own)
   _, prompts = chat.prompts(tokenizer, questions, where=reader.where)
-  ids = iter(chat.continuations(tokenizer, [step for steps in solutions for step in steps]))
-  between = chat.continuation_ids(tokenizer, separator)
   completions, step_labels, step_masks = [], [], []
-  for steps, own in zip(solutions, labels):
-    completion, marks, values = [], [], []
-    for label in own:
-      step = next(ids) + between
-      completion += step
-      marks += [False] * (len(step) - 1) + [True] * bool(step)
-      values += [0.0] * (len(step) - 1) + [label] * bool(step)
+  for (completion, ends), own in zip(encode(tokenizer, solutions, separator), labels):
     completions.append((completion,))
-    step_masks.append((marks,))
-    step_labels.append((values,))
+    step_masks.append(([step >= 0 for step in ends],))
+    step_labels.append(([own[step] if step >= 0 else 0.0 for step in ends],))
   found = reader.admit(
       prompts, completions, names=('completion',),
       per_token={'step_labels': (step_labels, np.float32), 'step_mask': (step_masks, bool)},
@@ -66,6 +58,29 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(), se
   if len(kinds) == 1:
     raise config.UserError(f'{rows.name}: every step that is left is labelled {kinds.pop():g}; '
                            f'there must be good ones and bad ones ({found.intake})')
+  return found
+
+
+def encode(tokenizer, solutions, separator='\n'):
+  """Encodes solutions in steps.
+
+  Args:
+    tokenizer: a Hugging Face tokenizer.
+    solutions: lists of texts, the steps.
+    separator: text behind each step.
+  Returns:
+    Per solution its ids and, as many, the number of the step that ends with the token, or -1.
+  """
+  ids = iter(chat.continuations(tokenizer, [step for steps in solutions for step in steps]))
+  between = chat.continuation_ids(tokenizer, separator)
+  found = []
+  for steps in solutions:
+    completion, ends = [], []
+    for number in range(len(steps)):
+      step = next(ids) + between
+      completion += step
+      ends += ([-1] * (len(step) - 1) + [number])[:len(step)]
+    found.append((completion, ends))
   return found
 
 

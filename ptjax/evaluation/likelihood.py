@@ -12,6 +12,8 @@ import logging
 import numpy as np
 
 from ptjax import config
+from ptjax.data import chat
+from ptjax.data import stepwise
 from ptjax.data import tokenizer as tokenizers
 from ptjax.evaluation import text_batches
 
@@ -70,10 +72,11 @@ def make_log_likelihood(outputs, tokenizer, *, end_ids, max_tokens, batch_size=6
 
 
 def make_score(outputs, tokenizer, *, end_ids, max_tokens, batch_size=64, multiple=1):
-  """Returns `score(prompts, completions) -> [N] float64`, a reward model's.
+  """Returns `score(prompts, completions, *, ids=None) -> [N] float64`, a reward model's.
 
   Texts are encoded as in training: with the end token, which is where the score is read. A prompt
-  that does not fit loses its left end.
+  that does not fit loses its left end. `ids`, where given, are [(prompt ids, completion ids)] to
+  score in the place of the texts.
 
   Args:
     outputs: `f(types.TokenBatch) -> {'scores': [B]}`, host or device arrays.
@@ -81,14 +84,10 @@ def make_score(outputs, tokenizer, *, end_ids, max_tokens, batch_size=64, multip
   Raises, when called:
     config.UserError: a completion that does not fit by itself.
   """
-  def score(prompts, completions):
-    encoded = text_batches.encode(tokenizer, prompts, completions, end_ids, True)
-    longest = max(len(completion) for _, completion in encoded)
-    if longest >= max_tokens:
-      raise config.UserError(f'evaluation: a completion of {longest} tokens; a reward model reads '
-                             f'at most {max_tokens} with the prompt')
+  def score(prompts, completions, *, ids=None):
+    encoded = ids or text_batches.encode(tokenizer, prompts, completions, end_ids, True)
     scores = np.zeros(len(encoded))
-    pieces = _cut(encoded, max_tokens, 1, tokenizer.bos_token_id)
+    pieces = _whole(encoded, max_tokens, tokenizer.bos_token_id)
     for batch, rows in _batches(pieces, max_tokens, batch_size, multiple, tokenizer):
       found = np.asarray(outputs(batch)['scores'], np.float64)
       for place, piece in rows:
@@ -96,6 +95,40 @@ def make_score(outputs, tokenizer, *, end_ids, max_tokens, batch_size=64, multip
     return scores
 
   return score
+
+
+def make_step_scores(outputs, tokenizer, *, max_tokens, batch_size=64, multiple=1):
+  """Returns `step_scores(prompts, solutions) -> N lists of floats`, a process reward model's.
+
+  Solutions are lists of steps, texts, encoded as in training (see data.stepwise). The score of a
+  step is the probability that it is good, read at the last token of the separator behind it.
+
+  Args:
+    outputs: `f(types.TokenBatch) -> {'step_logits': [B, T, 2]}`, host or device arrays.
+    tokenizer, max_tokens, batch_size, multiple: as for `make_log_likelihood`.
+  Raises, when called:
+    config.UserError: a solution that does not fit by itself.
+  """
+  def step_scores(prompts, solutions):
+    where = lambda place: f'completion {place + 1}'
+    _, prompt_ids = chat.prompts(tokenizer, prompts, where=where)
+    encoded = stepwise.encode(tokenizer, solutions)
+    start = tokenizer.bos_token_id
+    start = tokenizer.eos_token_id if start is None else start
+    pairs = [(prompt or [start], ids) for prompt, (ids, _) in zip(prompt_ids, encoded)]
+    asked = [place for place, (_, ids) in enumerate(pairs) if ids]
+    found = [[] for _ in pairs]
+    pieces = _whole([pairs[place] for place in asked], max_tokens, tokenizer.bos_token_id)
+    for batch, rows in _batches(pieces, max_tokens, batch_size, multiple, tokenizer):
+      logits = np.asarray(outputs(batch)['step_logits'], np.float64)  # [B, T, 2]
+      good = 1.0 / (1.0 + np.exp(np.clip(logits[..., 0] - logits[..., 1], -500.0, 500.0)))
+      for place, piece in rows:
+        owner = asked[piece.owner]
+        found[owner] = [float(good[place, i]) for i, step in enumerate(encoded[owner][1])
+                        if step >= 0]
+    return found
+
+  return step_scores
 
 
 def remembered(log_likelihood):
@@ -123,6 +156,15 @@ def _cut(encoded, max_tokens, context, bos):
     _LOGGER.warning('%d of %d prompts are longer than the model and lost their left end', cut,
                     len(encoded))
   return pieces
+
+
+def _whole(encoded, max_tokens, bos):
+  """As `_cut`, but completions that do not fit are refused: their score is at their end."""
+  longest = max((len(completion) for _, completion in encoded), default=0)
+  if longest >= max_tokens:
+    raise config.UserError(f'evaluation: a completion of {longest} tokens; a reward model reads '
+                           f'at most {max_tokens} with the prompt')
+  return _cut(encoded, max_tokens, 1, bos)
 
 
 def _batches(pieces, max_tokens, batch_size, multiple, tokenizer):

@@ -226,6 +226,7 @@ class Config:
   out_dir: str | None = None  # None: runs/<algo>-<model>-<dataset>-<seed>
   resume: str = 'auto'
   teacher: str | None = None  # a model, for distillation
+  judge: str | None = None  # who compares completions: a model directory, or URL(model='name')
   critic: str = 'head'  # of PPO: a head on the policy's own states, or a model of its own
   stages: dict = dataclasses.field(default_factory=dict)  # algo -> {setting: value} of its stage
   mesh: str = ''  # e.g. 'data=1,fsdp=8,tensor=1'; empty: all devices on fsdp

@@ -8,6 +8,7 @@ from typing import Any
 from absl import logging
 
 from ptjax import config as settings
+from ptjax import learned
 from ptjax import stages
 from ptjax.data import batching
 from ptjax.data import demonstrations
@@ -25,6 +26,7 @@ from ptjax.data import tokenizer as tokenizers
 from ptjax.data import unpaired
 from ptjax.evaluation import tasks
 from ptjax.rewards import combine
+from ptjax.training import scoring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +38,30 @@ class Data:
     held_out: stage index -> OfflineDoor of held-out rows, for offline stages that have some.
     rewards: RewardSet (of the online stages), or None.
     evaluation: evaluation.tasks.EvalTask, or None.
+    judge: training.scoring.Compare, or None.
   """
   doors: dict
   held_out: dict
   rewards: Any
   evaluation: Any
+  judge: Any = None
 
 
-def load_data(config, plans, policy, *, parts=1):
-  """Opens the doors that the stages need, the rewards and the evaluation rows.
+def load_data(config, plans, policy, *, parts=1, mesh=None):
+  """Opens the doors that the stages need, the rewards, the judge and the evaluation rows.
+
+  Args:
+    config: config.Config.
+    plans: the run's stages.StagePlans.
+    policy: assembly.Policy.
+    parts: see `load_door`.
+    mesh: where models that give rewards are placed; None: their weights are not loaded.
 
   Raises:
     UserError: what is wrong with a file, a column, a reward or a tokenizer.
   """
-  doors, held_out, rewards, task = {}, {}, None, None
+  doors, held_out, rewards, judge, task = {}, {}, None, None, None
+  placed = {'policy': policy, 'mesh': mesh}
   for plan in plans:
     rows = load_rows(plan.config)
     door = load_door(plan, policy, rows, parts=parts)
@@ -57,12 +69,16 @@ def load_data(config, plans, policy, *, parts=1):
     say = logging.warning if door.intake.dropped or door.intake.truncated else logging.info
     say('%s: %s', plan.stage.name, door.intake)
     task = task_of(plan.config.dataset, rows)
-    if plan.online and rewards is None and stages.reads_rewards(plan):
-      rewards = _load_rewards(plan.config, task, rows)
+    if plan.online and rewards is None and judge is None and stages.reads_rewards(plan):
+      if config.judge is not None:
+        judge = scoring.Compare(learned.load_judge(config.judge, config=plan.config, **placed))
+      if config.judge is None or config.reward:
+        rewards = _load_rewards(plan, task, rows, **placed)
     if not plan.online:
       held_out[plan.stage.index] = _load_held_out(plan, policy)
   return Data(doors, {k: v for k, v in held_out.items() if v is not None}, rewards,
-              _evaluation_task(config, policy, task, rewards, measured=any(held_out.values())))
+              _evaluation_task(config, policy, task, rewards, measured=any(held_out.values())),
+              judge)
 
 
 def load_rows(config):
@@ -156,7 +172,8 @@ def _load_held_out(plan, policy):
       fill=tokenizers.pad_id(policy.tokenizer), name='held_out')
 
 
-def _load_rewards(config, task, rows):
+def _load_rewards(plan, task, rows, *, policy, mesh):
+  config = plan.config
   specs = config.reward or combine.default_specs(task)
   if not specs:
     raise settings.UserError(
@@ -165,8 +182,11 @@ def _load_rewards(config, task, rows):
   rewards = combine.load(specs, config.rewards.on_error,
                          timeout_seconds=config.rewards.timeout_seconds,
                          workers=config.rewards.workers,
-                         function_timeout_seconds=config.rewards.function_timeout_seconds)
-  rewards.check_columns([*(name for name in rows.columns if name != 'prompt'), 'completion_ids'])
+                         function_timeout_seconds=config.rewards.function_timeout_seconds,
+                         learned=functools.partial(learned.load_reward, config=config,
+                                                   policy=policy, mesh=mesh))
+  rewards.check_columns([*(name for name in rows.columns if name != 'prompt'),
+                         'raw_prompts', 'prompt_ids', 'completion_ids'])
   return rewards
 
 

@@ -46,7 +46,7 @@ def run(config, *, argv=None):
   policies = assembly.load_policies(config, plans)
   assembly.check(plans, policies['policy'].config, mesh)
   data = doors.load_data(config, plans, policies['policy'],
-                         parts=sharding.batch_size(mesh))
+                         parts=sharding.batch_size(mesh), mesh=mesh)
   with run_folder.open_run(config, assembly.out_dir(config), argv=argv) as folder:
     run_folder.check_writable(folder.path, assembly.bytes_needed(policies['policy'], config))
     try:

@@ -15,10 +15,13 @@ flags.DEFINE_string('model', None, 'A preset, a Hugging Face directory or a hub 
                     'tiny: about a million parameters, trained from scratch.')
 flags.DEFINE_string('dataset', None, 'A built-in task, a .jsonl/.json/.csv/.parquet file, a '
                     'directory, or a hub name `name:config@split`. Default arithmetic.')
-flags.DEFINE_multi_string('reward', None, 'A reward by name, or path/to/file.py:function; an '
-                          'optional weight after `*`, e.g. length*0.5. Repeatable. Default: the '
-                          "task's own.")
+flags.DEFINE_multi_string('reward', None, 'A reward by name, path/to/file.py:function, or by a '
+                          'model: model:DIR, process:DIR, judge:DIR; an optional weight after '
+                          "`*`, e.g. length*0.5. Repeatable. Default: the task's own.")
 flags.DEFINE_string('teacher', None, 'A model to learn from, for distillation.')
+flags.DEFINE_string('judge', None, 'Who says which of two completions is better: a model directory '
+                    "(a language model, a reward model, DIR(pairs=True) for a pair judge), or an "
+                    "OpenAI-compatible endpoint, http://host/v1(model='name').")
 flags.DEFINE_string('eval_dataset', None, 'Rows to evaluate on. Default: the task\'s own.')
 flags.DEFINE_integer('eval_every', None, 'Optimizer steps between evaluations; 0: before and '
                      'after alone.')
@@ -60,7 +63,7 @@ def resolve(values):
     config = settings.default_for(values['model'] or settings.Config.model,
                                   values['dataset'] or settings.Config.dataset)
   direct = {name: values[name] for name in
-            ('algo', 'model', 'dataset', 'teacher', 'seed', 'out_dir', 'resume', 'mesh')
+            ('algo', 'model', 'dataset', 'teacher', 'judge', 'seed', 'out_dir', 'resume', 'mesh')
             if values[name] is not None}
   if values['reward']:
     direct['reward'] = tuple(values['reward'])

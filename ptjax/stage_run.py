@@ -187,6 +187,7 @@ class StageRun:
         door=door, tokenizer=self._policy.tokenizer, samplers=samplers, reward_set=reward_set,
         estimator=self.bound.estimator, rollout=config.rollout, seed=config.seed,
         mask_truncated=config.training.mask_truncated, log_probs=log_probs, recipe=self._recipe,
+        judge=self._data.judge,
         takes_rewards='rewards' in inspect.signature(self.bound.loss).parameters,
         num_samples=config.log.samples)
 

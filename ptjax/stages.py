@@ -12,7 +12,7 @@ from ptjax.training import recipes
 from ptjax.training import step as training_step
 
 # What all stages of a run share.
-_SHARED = ('algo', 'model', 'model_settings', 'teacher', 'reward', 'rewards', 'seed', 'out_dir',
+_SHARED = ('algo', 'model', 'model_settings', 'teacher', 'judge', 'reward', 'rewards', 'seed', 'out_dir',
            'resume', 'mesh', 'stages', 'warm_start', 'checkpoint', 'log', 'eval')
 
 

@@ -15,7 +15,7 @@ FLOORS = {
     'training': 4, 'evaluation': 4,
     'asking': 5, 'assembly': 5, 'doors': 5, 'stages': 5, 'stage_run': 5, 'reference': 5, 'job': 5, 'planner': 5, 'dry_run': 5, 'collectives': 5,
     'launch': 5,
-    'inspect': 5,
+    'inspect': 5, 'learned': 5,
 }
 HOMES = {  # outside package -> where it may be imported
     'absl.flags': ('launch',),

@@ -52,7 +52,7 @@ LEARNED = ('model', 'process', 'judge')  # kinds of specs for which a model is l
 
 _SPEC = re.compile(r'(?P<body>.*?)(?:\*(?P<weight>[^*/():]*))?', re.DOTALL)
 _BUILT_IN = re.compile(r'(?P<name>\w+)\s*(?P<options>\(.*\))?', re.DOTALL)
-_LEARNED = re.compile(r'(?P<kind>\w+):(?P<place>.*?)\s*(?P<options>\([^()]*=.*\))?', re.DOTALL)
+_PLACE = re.compile(r'(?P<place>.*?)\s*(?P<options>\([^()]*=.*\))?', re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,12 +239,12 @@ def _component(spec, pool, learned):
     return Component(getattr(spec, '__name__', type(spec).__name__), spec)
   match = _SPEC.fullmatch(spec.strip())
   body, weight = match['body'].strip(), _weight(spec, match['weight'])
-  model = _LEARNED.fullmatch(body)
-  if model and model['kind'] in LEARNED:
+  kind, colon, rest = body.partition(':')
+  if colon and kind in LEARNED:
     if learned is None:
       raise config.UserError(f'reward {spec!r}: models give rewards in training alone')
-    options = read_options(spec, model['options'])
-    return Component(model['kind'], learned(model['kind'], model['place'], options), weight)
+    place, options = split_options(rest)
+    return Component(kind, learned(kind, place, read_options(spec, options)), weight)
   built_in = _BUILT_IN.fullmatch(body)
   if built_in:
     name = built_in['name']
@@ -287,6 +287,12 @@ def _built_in(spec, name, options_text, pool):
       raise config.UserError(f'reward {spec!r}: say {name}({option}=...)')
   is_math = getattr(make, 'func', None) is math_answers.MathReward
   return make(**options, pool=pool) if is_math else make(**options)
+
+
+def split_options(text):
+  """Splits `place(name=value, ...)`; returns the place and its options as text, or None."""
+  match = _PLACE.fullmatch(text.strip())
+  return match['place'], match['options']
 
 
 def read_options(spec, text):

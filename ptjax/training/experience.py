@@ -194,6 +194,7 @@ class Collector:
   recipe: recipes.Recipe = recipes.Recipe()
   takes_rewards: bool = False
   num_samples: int = 8
+  judge: object = None
 
   def __call__(self, params, index):
     """Collects rollout number `index` under `params`; a pure function of both and the seed."""

@@ -34,29 +34,40 @@ def _score_own_rows(reward_set, prompts, completions, columns):
       prompts[mine], completions[mine], {name: values[mine] for name, values in columns.items()}))
   values, total, scored = (sharding.gather_rows(np.asarray(x), count)
                            for x in (table.values, table.total, table.scored))
-  report = {}
-  for part in sharding.gather_json(table.report):
-    for name, number in part.items():
-      report[name] = report.get(name, 0) + number
-  return dataclasses.replace(table, values=values, total=total, scored=scored, report=report)
+  return dataclasses.replace(table, values=values, total=total, scored=scored,
+                             report=_summed(table.report))
 
 
-def make_compare(judge):
-  """Returns `compare(prompts, first, second) -> P(first wins)`, the same on every process.
+class Compare:
+  """`compare(prompts, first, second) -> P(first wins)`, the same on every process.
 
   Args:
     judge: see rewards.judge; one that asks a server does so on each process for its own rows.
-  Returns:
-    The function: of N prompts, texts or message lists, and N texts twice; [N] float64 with NaN
-    where there is no verdict.
   """
-  def compare(prompts, first, second):
+
+  def __init__(self, judge):
+    self._judge = judge
+
+  def __call__(self, prompts, first, second):
+    """Compares N pairs.
+
+    Args:
+      prompts: N texts or message lists.
+      first, second: N texts each.
+    Returns:
+      [N] float64, NaN where there is no verdict.
+    """
+    judge = self._judge
     if judge.collective:
       return judge.compare(prompts, first, second)
     count = len(first)
     mine = _on_own_rows(count, lambda rows: judge.compare(prompts[rows], first[rows], second[rows]))
     return sharding.gather_rows(np.asarray(mine, np.float64), count)
-  return compare
+
+  def take_report(self):
+    """Returns what the judge counted since the last call: asked, cached, failed, unreadable."""
+    report = self._judge.take_report()
+    return report if self._judge.collective else _summed(report)
 
 
 def _on_own_rows(count, function):
@@ -70,4 +81,13 @@ def _on_own_rows(count, function):
               if text is not None]
   if failures:
     raise failure or settings.UserError(failures[0])
+  return found
+
+
+def _summed(report):
+  """Counts added up over the processes."""
+  found = {}
+  for part in sharding.gather_json(report):
+    for name, number in part.items():
+      found[name] = found.get(name, 0) + number
   return found

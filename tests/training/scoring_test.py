@@ -62,7 +62,7 @@ def test_judges_are_asked_by_each_process_or_by_all(collective, monkeypatch):
   monkeypatch.setattr(scoring.sharding, 'local_rows', lambda count: slice(2, 3))
   monkeypatch.setattr(scoring.sharding, 'gather_rows',
                       lambda local, count: np.concatenate([[1.0, 0.0], local]))
-  chances = scoring.make_compare(judge)(['p'] * 3, ['aa', 'b', 'cc'], ['a', 'bb', 'c'])
+  chances = scoring.Compare(judge)(['p'] * 3, ['aa', 'b', 'cc'], ['a', 'bb', 'c'])
   np.testing.assert_array_equal(chances, [1, 0, 1])
   assert judge.rows == (3 if collective else 1)
 
@@ -72,4 +72,4 @@ def test_an_error_on_another_process_is_raised_here_too(monkeypatch):
   judge = type('Judge', (), {'collective': False,
                              'compare': lambda self, p, a, b: np.zeros(len(p))})()
   with pytest.raises(settings.UserError, match='down elsewhere'):
-    scoring.make_compare(judge)(['p'], ['a'], ['b'])
+    scoring.Compare(judge)(['p'], ['a'], ['b'])

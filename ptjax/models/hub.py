@@ -118,11 +118,23 @@ def load_tokenizer(path_or_name):
         f'{directory} has no tokenizer: expected {" or ".join(_TOKENIZER_FILES[:3])}; copy the '
         'tokenizer files of the base model there')
   import transformers  # takes over a second, which planning a preset need not wait for
+  made_of_file = _declared_tokenizer(directory) in ('TokenizersBackend', 'PreTrainedTokenizerFast')
+  # For some model types AutoTokenizer takes the family's class whatever the folder declares, which
+  # reads another tokenizer's vocabulary by its own rules (Qwen2's drops our spaces).
+  kind = transformers.PreTrainedTokenizerFast if made_of_file else transformers.AutoTokenizer
   try:
-    return transformers.AutoTokenizer.from_pretrained(directory)
+    return kind.from_pretrained(directory)
   except Exception as error:  # transformers raises many kinds; all mean unusable files
     raise settings.UserError(
         f'the tokenizer in {directory} cannot be loaded: {_first_line(error)}') from error
+
+
+def _declared_tokenizer(directory):
+  """The class that tokenizer_config.json names where tokenizer.json says it all; else None."""
+  path = os.path.join(directory, 'tokenizer_config.json')
+  if not os.path.exists(path) or not os.path.exists(os.path.join(directory, 'tokenizer.json')):
+    return None
+  return folders.read_json(path).get('tokenizer_class')
 
 
 def load_stop_ids(path_or_name, tokenizer):

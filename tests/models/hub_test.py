@@ -16,6 +16,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from ptjax import sharding
+from ptjax.data import tokenizer as tokenizers
 from ptjax.models import hf_config
 from ptjax.models import hf_weights
 from ptjax.models import hub
@@ -29,6 +30,17 @@ refusal = hub_models.refusal
 
 
 # Round trips.
+
+
+def test_a_tokenizer_of_our_own_comes_back_in_any_family(tmp_path):
+  ours = tokenizers.characters()
+  text = 'two  spaces\nand a line'
+  for config in (presets.get('tiny', vocab_size=len(ours), num_layers=1), GPT2):  # Qwen2; GPT-2
+    config = dataclasses.replace(config, vocab_size=len(ours))
+    hub.export(tmp_path / config.family, config, random_params(config), ours)
+    again = hub.load_tokenizer(tmp_path / config.family)
+    assert again(text)['input_ids'] == ours(text)['input_ids']
+    assert again.decode(again(text)['input_ids'], skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize('config', [

@@ -30,6 +30,7 @@ from ptjax.models import transformer
 from ptjax.rollout import sampler
 from ptjax.training import experience
 from ptjax.training import forward as training_forward
+from ptjax.training import recipes
 from ptjax.training import step as training_step
 
 PLACED_ROLES = ('reference', 'critic', 'teacher')  # models beside the policy that the launcher can place
@@ -103,6 +104,10 @@ def use_compile_cache(folder):
 def load_policies(config, plans):
   """Finds the models a run needs, by role: 'policy', which trains, and 'teacher'.
 
+  Args:
+    config: config.Config.
+    plans: the run's stages.StagePlans.
+    load: `load(config, num_labels=0) -> Policy`; None: `load_policy`.
   Raises:
     UserError: a model that is not there, or two that do not go together.
   """
@@ -174,7 +179,8 @@ def check(plans, model, mesh):
     if missing:
       raise settings.UserError(f'--algo={plan.row.name}: needs a {", ".join(sorted(missing))}, '
                                'which the launcher cannot place yet')
-    if 'teacher' in plan.row.models and config.teacher is None:
+    recipe = recipes.RECIPES[plan.row.recipe]
+    if 'teacher' in plan.row.models and config.teacher is None and recipe.privileged is None:
       raise settings.UserError(f'--algo={plan.row.name}: needs a teacher; name one with '
                                '--teacher=DIR')
     stages.check_inputs(plan)
@@ -198,6 +204,7 @@ def check(plans, model, mesh):
       raise settings.UserError(
           f'{name} = {at_once:g} does not split over data x fsdp = {parts} devices '
           f'(mesh {dict(mesh.shape)}); make it a multiple of {parts}, or change --mesh')
+      _check_rollouts(plan, recipe)
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     if model.position == 'learned' and longest > model.max_length:
       raise settings.UserError(
@@ -218,6 +225,24 @@ def _try_group_of_one(plan):
         reference_log_probs=np.zeros((2, 1)))
   except ValueError as error:
     raise settings.UserError(f'rollout.group_size=1: {error}') from None
+def _check_rollouts(plan, recipe):
+  """Raises UserError for groups and draws that the method's recipe cannot use."""
+  size, name = plan.config.rollout.group_size, plan.row.name
+  if size < recipe.least_group or size % recipe.group_multiple:
+    expected = (f'a multiple of {recipe.group_multiple}' if recipe.group_multiple > 1 else
+                f'at least {recipe.least_group}')
+    raise settings.UserError(f'rollout.group_size={size}: {name} compares completions of a prompt '
+                             f'with each other; make it {expected}')
+  if plan.extra_rollouts and recipe.draw is not recipes.own_samples:
+    raise settings.UserError(f'rollout.extra_rollouts={plan.extra_rollouts}: {name} does not train '
+                             'on its own samples alone, so no group of them can be replaced')
+  longest = plan.config.rollout.max_completion_tokens
+  if not 0 <= plan.overlong_tokens <= longest:
+    raise settings.UserError(
+        f'rewards.overlong_tokens={plan.overlong_tokens}: expected 0 to '
+        f'rollout.max_completion_tokens={longest}')
+
+
 
 
 def sampling_options(config, policy):

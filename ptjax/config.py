@@ -100,10 +100,17 @@ class RolloutSettings:
   min_p: float = 0.0
   stop_strings: tuple[str, ...] = ()  # beside the model's own end tokens
   reuse_log_probs: bool = False  # True: the sampler's log-probs are the old ones; False: recompute
+  reference_share: float = 0.5  # of the reference in the mixture that Nash-MD plays against
+  # Draws of other prompts, at most, for groups whose rewards are all equal; None: of dapo 3, else 0.
+  extra_rollouts: int | None = None
 
   def __post_init__(self):
     for name in ('num_prompts', 'group_size', 'max_completion_tokens'):
       _positive(f'rollout.{name}', getattr(self, name))
+    if not 0 <= self.reference_share <= 1:
+      raise UserError(f'rollout.reference_share={self.reference_share}: expected a fraction')
+    if self.extra_rollouts is not None and self.extra_rollouts < 0:
+      raise UserError(f'rollout.extra_rollouts={self.extra_rollouts} is negative')
     if self.temperature <= 0:
       raise UserError(f'rollout.temperature={self.temperature}: training samples, so it must be '
                       'positive (evaluation decodes greedily by itself)')
@@ -116,6 +123,9 @@ class RewardSettings:
   timeout_seconds: float = 5.0  # per maths answer that needs symbolic comparison
   function_timeout_seconds: float | None = None  # per call of a reward function; None: no limit
   workers: int = 2  # processes that compare maths answers
+  # At the end of max_completion_tokens, over which a penalty grows to 1; None: of dapo a fifth, else
+  # none.
+  overlong_tokens: int | None = None
 
   def __post_init__(self):
     _choice('rewards.on_error', self.on_error, ('raise', 'zero'))
@@ -156,6 +166,8 @@ class TrainingSettings:
   epochs: int = 1  # passes over one rollout
   micro_batches: int = 1  # parts of a mini-batch computed one after another; any split is exact
   mask_truncated: bool = False  # True: completions without an end token do not train
+  # Optimizer steps after which the policy becomes the reference; 0: never, None: as the method says.
+  renew_reference_steps: int | None = None
   max_bad_steps: int = 5  # updates in a row with a non-finite loss or gradient before the run stops
 
   def __post_init__(self):

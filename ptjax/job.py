@@ -155,7 +155,7 @@ class _Run:
     else:
       state = restored.arrays
       self._counters = restored.metadata['counters']
-      made.resume()
+      made.resume(state.step)
     if jax.process_index() == 0:
       self._doctor.begin_stage(state.params)
     evaluate = self._evaluation(made)

@@ -7,6 +7,7 @@ step, and is gone: with the cache no reference is in memory.
 
 import os
 import pathlib
+import shutil
 
 from absl import logging
 import jax
@@ -21,6 +22,14 @@ def save_params(folder, params):
   """Keeps the parameters a stage starts from, for a resume."""
   with checkpoint.Checkpointer(folder, keep=1, asynchronous=False) as kept:
     kept.save(0, params, {})
+
+
+def drop_rounds(folder, oldest):
+  """Deletes the rounds before `oldest`, whose policies no checkpoint needs any more."""
+  if jax.process_index() == 0:
+    for path in pathlib.Path(folder).glob('round_*'):
+      if int(path.name.removeprefix('round_')) < oldest:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_params(folder, targets):

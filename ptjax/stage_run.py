@@ -100,14 +100,19 @@ class StageRun:
                        out_shardings=self._shardings.params)(params, key)
     elif self.keeps_start:
       self._start = jax.tree.map(jnp.copy, params)
+    self._teach_self()
     return jax.jit(self._init, out_shardings=self._shardings, donate_argnums=0)(params)
 
-  def resume(self):
-    """Gets everything but the state, which comes from a checkpoint, as `begin` left it."""
+  def resume(self, step):
+    """Gets everything but the state, which comes from a checkpoint, as it was after `step` steps."""
     if self.keeps_start:
       self._start = reference.load_params(self._folder / 'params', self._whole_shapes)
       if self._config.lora.rank:
         self._frozen['base'] = self._start
+      rollouts = -(-int(step) // self.plan.updates_per_rollout)  # begun by then
+      number = self._round(rollouts - 1) if rollouts else 0
+      if number:
+        self._start = reference.load_params(self._folder / f'round_{number}', self._model_shapes)
     self._load_frozen()
     self._attach_reference(None)
 
@@ -144,7 +149,45 @@ class StageRun:
   @property
   def keeps_start(self):
     """Whether the stage goes on reading the model it began with: adapters' base, or reference."""
-    return bool(self._config.lora.rank) or (self.plan.online and self.bound.needs_reference)
+    reads = self.bound.needs_reference or self._self_taught or (
+        {'reference', 'mixture'} & set(self._recipe.samplers))
+    return bool(self._config.lora.rank or self.plan.online and reads)
+
+  @property
+  def _self_taught(self):
+    """Whether the teacher is the policy as the stage found it, shown more than the policy is."""
+    return self._recipe.privileged is not None and self._config.teacher is None
+
+  def _teach_self(self):
+    if self._self_taught:
+      self._frozen['teacher'] = self._start
+
+  @property
+  def _model_shapes(self):
+    return {name: tree for name, tree in self._whole_shapes.items() if name != 'critic'}
+
+  # --- rounds, in each of which another policy is the reference
+
+  def _round(self, index):
+    """In which round rollout number `index` is drawn; from 0."""
+    steps = self._config.training.renew_reference_steps
+    if steps is None and self._recipe.renews_reference:
+      door = self._data.doors[self.plan.stage.index]
+      steps = door.steps_per_epoch * self.plan.updates_per_rollout
+    return index * self.plan.updates_per_rollout // steps if steps else 0
+
+  def _renew(self, params, index):
+    """Makes the policy the reference where a round begins, and keeps it for a resume."""
+    number = self._round(index)
+    if not index or number == self._round(index - 1):
+      return
+    self._start = jax.tree.map(jnp.copy, self.whole(params))
+    reference.save_params(self._folder / f'round_{number}', self._start)
+    checkpoints = self._config.checkpoint
+    oldest = self._round(max(0, index - -(-(checkpoints.keep + 1) * checkpoints.every_steps //
+                                           self.plan.updates_per_rollout)))
+    reference.drop_rounds(self._folder, oldest)
+    self._teach_self()
 
   @property
   def _frozen_roles(self):
@@ -153,7 +196,9 @@ class StageRun:
 
   def _load_frozen(self):
     for role in self._frozen_roles:
-      self._frozen[role] = self._policies[role].load(self._place)
+      if not self._self_taught:
+        self._frozen[role] = self._policies[role].load(self._place)
+    self._teach_self()
 
   # --- what the loop calls
 
@@ -189,7 +234,9 @@ class StageRun:
         mask_truncated=config.training.mask_truncated, log_probs=log_probs, recipe=self._recipe,
         judge=self._data.judge,
         takes_rewards='rewards' in inspect.signature(self.bound.loss).parameters,
-        num_samples=config.log.samples)
+        num_samples=config.log.samples, extra_rollouts=self.plan.extra_rollouts,
+        overlong_tokens=self.plan.overlong_tokens, renew=self._renew if self.keeps_start else None,
+        max_teacher_tokens=self._policy.config.max_length - config.rollout.max_completion_tokens)
 
   def drawn_by(self):
     """Sampler's name -> (role of the model, SamplingOptions): who may be asked for completions."""
@@ -209,6 +256,9 @@ class StageRun:
     if self.bound.needs_old_log_probs and not self._config.rollout.reuse_log_probs:
       found['old_log_probs'] = 'policy', 'log_probs'
     if 'old_values' in self._arguments:
+    if 'mixture' in self._recipe.samplers:
+      share = self._config.rollout.reference_share
+      found['mixture'] = 'mixture', dataclasses.replace(options, mixture=(1.0 - share, share))
       found['old_values'] = 'policy', 'values'
     if self.bound.needs_reference:
       found['reference_log_probs'] = 'reference', 'log_probs'
@@ -248,6 +298,8 @@ class StageRun:
 
   def _frozen_model(self, role):
     return self._start if role == 'reference' else self._frozen[role]
+    if role == 'mixture':
+      return lambda params, prompts, key: draw([self.whole(params), self._start], prompts, key)
 
   def evaluation(self):
     """Returns `evaluate(params) -> metrics` of the stage's loss on held-out rows, or None."""

@@ -43,6 +43,19 @@ class StagePlan:
     return training.mini_batches * training.epochs if self.online else 1
 
   @property
+  def extra_rollouts(self):
+    """Draws of other prompts, at most, for groups whose rewards are all equal."""
+    asked = self.config.rollout.extra_rollouts
+    return recipes.RECIPES[self.row.recipe].extra_rollouts if asked is None else asked
+
+  @property
+  def overlong_tokens(self):
+    """Over how many tokens at the end of the longest completion a penalty grows to 1; 0: none."""
+    asked, longest = self.config.rewards.overlong_tokens, self.config.rollout.max_completion_tokens
+    fraction = recipes.RECIPES[self.row.recipe].overlong_fraction
+    return int(fraction * longest) if asked is None else asked
+
+  @property
   def temperature(self):
     """What the logits are divided by."""
     return self.config.rollout.temperature if self.online else 1.0
@@ -139,7 +152,8 @@ def wanted_columns(plan):
 def reads_rewards(plan):
   """Whether anything in an online stage looks at rewards."""
   bound = plan.bind()
-  return (bound.estimator is not None or recipes.RECIPES[plan.row.recipe].reads_rewards
+  recipe = recipes.RECIPES[plan.row.recipe]
+  return (bound.estimator is not None or recipe.reads_rewards or plan.extra_rollouts
           or 'rewards' in inspect.signature(bound.loss).parameters)
 
 
@@ -151,6 +165,7 @@ def check_inputs(plan):
   recorded = {'loss_mask', 'rollout_log_probs', 'old_log_probs', 'reference_log_probs'}
   if plan.row.door != 'prompts':
     recorded.add('demonstration')
+  recorded |= set(recipes.RECIPES[plan.row.recipe].gives)
   baselines = {'old_values', 'rewards', 'reward_components', 'group_size', 'greedy_rewards', 'optimal_values'}
   to_loss = recorded | {'old_values', 'returns', 'loss_state', 'key', 'advantages', 'rewards', 'teacher_log_probs',
                         'from_rollouts', 'imitated', 'off_policy'}  # the last three are a gate's

@@ -1,6 +1,7 @@
 """The prompt door: rows in, the prompts of each rollout out."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -76,9 +77,10 @@ class PromptDoor:
     self._prompts = [values[i] for i in self._row_ids]
     self._texts = [texts[i] if len(tokens) == len(ids[i]) else tokenizer.decode(tokens)
                    for i, tokens in zip(kept, self._tokens)]
-    self.order = order.Order(
-        len(kept), num_prompts, seed, 'prompts',
-        mixture=None if rows.mixture is None else rows.mixture.take(self._row_ids))
+    mixture = None if rows.mixture is None else rows.mixture.take(self._row_ids)
+    self._order = functools.cache(
+        lambda name: order.Order(len(kept), num_prompts, seed, name, mixture=mixture))
+    self.order = self._order('prompts')
 
   def __len__(self):
     return len(self._tokens)

@@ -49,24 +49,29 @@ def prefill(config, options, params, prompts, key, *, num_prompts, steps, capaci
   Args:
     config: TransformerConfig.
     options: SamplingOptions.
-    params: the parameter tree, layers stacked.
+    params: a list of parameter trees, layers stacked: of one model or of a mixture's.
     prompts: types.Prompts, P rows.
     key: the rollout's key.
     num_prompts: rows that count; the rest only fills the mesh.
     steps: K, steps of a chunk.
     capacity: tokens for which each completion's own cache has room at first.
   Returns:
-    The prompt store, the own caches and the slots.
+    The prompt stores and the own caches, a list of a model's each, and the slots.
   """
   p, s = prompts.tokens.shape
   g = options.group_size
   positions = jnp.broadcast_to(jnp.arange(s)[None], (p, s)).reshape(-1)
-  hidden, store = transformer.forward(
-      config, params, prompts.tokens.reshape(-1), positions,
-      attention.prefill(config, prompts.lengths, s))
-  hidden = jnp.take_along_axis(
-      hidden.reshape(p, s, -1), prompts.lengths[:, None, None] - 1, axis=1)[:, 0]  # [P, width]
-  logits = transformer.logits(config, params, hidden)  # [P, V]
+
+  def run(params):
+    hidden, store = transformer.forward(
+        config, params, prompts.tokens.reshape(-1), positions,
+        attention.prefill(config, prompts.lengths, s))
+    hidden = jnp.take_along_axis(
+        hidden.reshape(p, s, -1), prompts.lengths[:, None, None] - 1, axis=1)[:, 0]  # [P, width]
+    return transformer.logits(config, params, hidden), cache.split(store)
+
+  logits, stores = zip(*map(run, params))
+  logits = _mixed(options, logits)  # [P, V]
   logits = jnp.broadcast_to(logits[:, None], (p, g, logits.shape[-1])).reshape(p * g, -1)
   unused = jnp.arange(p * g) >= num_prompts * g  # [B]
   slots = Slots(
@@ -79,7 +84,7 @@ def prefill(config, options, params, prompts, key, *, num_prompts, steps, capaci
   slots, log_probs = _draw(options, slots, logits)
   slots = slots.replace(tokens=slots.tokens.at[:, 0].set(slots.last),
                         log_probs=slots.log_probs.at[:, 0].set(log_probs))
-  return cache.split(store), cache.init_own(config, p * g, capacity), slots
+  return list(stores), [cache.init_own(config, p * g, capacity) for _ in params], slots
 
 
 def run_chunk(config, options, weights, store, own, slots, cuts, *, steps):
@@ -89,8 +94,8 @@ def run_chunk(config, options, weights, store, own, slots, cuts, *, steps):
 
   Args:
     config, options: as in `prefill`.
-    weights: from `decode_weights`.
-    store, own: per-layer prompt and own caches; own has room for all steps.
+    weights: a list, a model's from `decode_weights` each.
+    store, own: lists of a model's per-layer prompt and own caches; own has room for all steps.
     slots: Slots.
     cuts: [B] int32; a completion of so many tokens is done (see stop.py).
     steps: K.
@@ -106,12 +111,17 @@ def run_chunk(config, options, weights, store, own, slots, cuts, *, steps):
     own, slots = carry
     index = slots.length - 1  # [B], of the token being run
     positions = jnp.repeat(slots.prompt_lengths, options.group_size) + index
-    hidden, caches = transformer.forward(
-        config, weights, slots.last, positions,
-        attention.decode(config, slots.prompt_lengths, index, options.group_size),
-        caches=cache.join(store, own))
-    slots, log_probs = _draw(options, slots, transformer.logits(config, weights, hidden))
-    return (cache.own_part(caches), slots), (slots.last, log_probs)
+
+    def run(weights, store, own):
+      hidden, caches = transformer.forward(
+          config, weights, slots.last, positions,
+          attention.decode(config, slots.prompt_lengths, index, options.group_size),
+          caches=cache.join(store, own))
+      return transformer.logits(config, weights, hidden), cache.own_part(caches)
+
+    logits, own = zip(*map(run, weights, store, own))
+    slots, log_probs = _draw(options, slots, _mixed(options, logits))
+    return (list(own), slots), (slots.last, log_probs)
 
   (own, slots), new = lax.scan(step, (own, slots), None, length=steps)
   # A live slot adds a token per step, so its new tokens are one run from where it started; the
@@ -136,6 +146,15 @@ def newest(slots, start, steps):
   """The tokens [B, K] drawn since the slots had `start` [B] tokens."""
   take = jax.vmap(lambda row, i: lax.dynamic_slice(row, (i,), (steps,)))
   return take(slots.tokens, start)
+
+
+def _mixed(options, logits):
+  """The logits of a geometric mixture of models, or those of the only one."""
+  if not options.mixture:
+    return logits[0]
+  log_probs = [jax.nn.log_softmax(x / (options.temperature or 1.0), axis=-1) for x in logits]
+  mixed = sum(share * x for share, x in zip(options.mixture, log_probs))
+  return mixed * (options.temperature or 1.0)  # by which the draw divides again
 
 
 def _draw(options, slots, logits):

@@ -31,13 +31,14 @@ class SamplingOptions:
   min_p: float = 0.0  # keep tokens this fraction as likely as the likeliest; 0 keeps all
   stop_ids: tuple = ()  # any of these tokens ends a completion and stays in it
   stop_strings: tuple = ()  # a completion ends with the token that completes one of these
+  mixture: tuple = ()  # exponents of several models' probabilities, summing to 1; (): one model
   chunk: int = 16  # steps between two looks of the host; results do not depend on it
 
   def __post_init__(self):
     def check(name, good, expected):
       if not good:
         raise settings.UserError(f'sampling: {name}={getattr(self, name)!r}: expected {expected}')
-    for name in ('stop_ids', 'stop_strings'):
+    for name in ('stop_ids', 'stop_strings', 'mixture'):
       check(name, not isinstance(getattr(self, name), (str, int)), 'a sequence, e.g. (x,)')
       object.__setattr__(self, name, tuple(getattr(self, name)))
     for name in ('max_tokens', 'group_size', 'chunk'):
@@ -49,6 +50,8 @@ class SamplingOptions:
     check('top_p', 0 < self.top_p <= 1, 'a fraction above 0, 1 for all')
     check('min_p', 0 <= self.min_p <= 1, 'a fraction, 0 for all')
     check('stop_ids', all(isinstance(i, (int, np.integer)) for i in self.stop_ids), 'token ids')
+    check('mixture', not self.mixture or min(self.mixture) >= 0 and (
+        abs(sum(self.mixture) - 1) < 1e-6), 'exponents, at least 0, that sum to 1')
     check('stop_strings', all(isinstance(s, str) and s for s in self.stop_strings),
           'strings that are not empty')
 
@@ -125,7 +128,7 @@ class Sampler:
     """Samples `group_size` completions for each prompt.
 
     Args:
-      params: the parameter tree.
+      params: the parameter tree; for a mixture a list of one per exponent, of the same shape.
       prompts: types.Prompts, NumPy or device arrays, equal on every process. Another P or S is
         another set of programs, so pad to few different ones.
       key: the rollout's PRNG key.
@@ -137,6 +140,9 @@ class Sampler:
     """
     prompts = sharding.fetch(prompts)
     self._check(prompts)
+    params = list(params) if self.options.mixture else [params]
+    if len(params) != max(1, len(self.options.mixture)):
+      raise ValueError(f'{len(params)} models for a mixture of {len(self.options.mixture)}')
     num_prompts = len(prompts.lengths)
     place = _placement(self.mesh, self.config, params)
     impl = jax.random.key_impl(key)
@@ -153,8 +159,9 @@ class Sampler:
       return store, own, slots, self._status(slots, jnp.zeros_like(slots.length), 1)
 
     weights = self._run(
-        params_shapes, 'weights', functools.partial(decoding.decode_weights, self.config), params,
-        out=self._weight_shardings(params))
+        params_shapes, 'weights',
+        lambda params: [decoding.decode_weights(self.config, tree) for tree in params], params,
+        out=None if self.mesh is None else [self._weight_shardings(tree) for tree in params])
     # The key crosses as data: a typed key cannot be made global from each process's copy.
     store, own, slots, status = run(
         'prefill', prefill, params, sharding.put(self._fill_mesh(prompts), place.whole),
@@ -193,7 +200,8 @@ class Sampler:
       needed = (chunks + 1) * self._steps
       if needed > window:
         window = next(size for size in self._windows if size >= needed)
-        own = run(('grow', window), functools.partial(cache.grow, capacity=window), own,
+        own = run(('grow', window),
+                  lambda own, window=window: [cache.grow(one, window) for one in own], own,
                   out=place.kv)
       own, slots, status = run(
           ('chunk', window), chunk, weights, store, own, slots, placed_cuts,
@@ -245,8 +253,6 @@ class Sampler:
 
   def _weight_shardings(self, params):
     """As the parameters lie, layers apart, and whole along fsdp if weights are gathered."""
-    if self.mesh is None:
-      return None
     def one(path, leaf):
       spec = tuple(leaf.sharding.spec)
       if path[0].key == 'layers':

@@ -19,7 +19,10 @@ from ptjax import sharding
 from ptjax import types
 from ptjax.pieces import advantage
 from ptjax.rewards import combine
+from ptjax.training import privileged
 from ptjax.training import recipes
+from ptjax.training import resampling
+from ptjax.training import scoring
 
 
 @dataclasses.dataclass
@@ -41,39 +44,6 @@ def texts(rollouts, tokenizer):
   """
   rows = [row[mask].tolist() for row, mask in zip(rollouts.tokens, rollouts.loss_mask)]
   return tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-
-def score(reward_set, prompts, completions, columns):
-  """Scores completions, each process its own rows.
-
-  Args:
-    reward_set: rewards.combine.RewardSet.
-    prompts: B strings, each prompt repeated for its group.
-    completions: B strings.
-    columns: dict of B values each, the data set's further columns.
-  Returns:
-    values [B, F] float64 with NaN where a function has no opinion, total [B] float64,
-    scored [B] bool, and the report (counts of time-outs and errors).
-  """
-  count = len(completions)
-  mine = sharding.local_rows(count)
-  table, failure = None, None
-  try:
-    table = reward_set.score(prompts[mine], completions[mine],
-                             {name: values[mine] for name, values in columns.items()})
-  except Exception as error:  # raised below, once every process knows
-    failure = error
-  failures = [text for text in sharding.gather_json(None if failure is None else str(failure))
-              if text is not None]
-  if failures:
-    raise failure or settings.UserError(failures[0])
-  report = {}
-  for part in sharding.gather_json(table.report):
-    for name, number in part.items():
-      report[name] = report.get(name, 0) + number
-  values, total, scored = (sharding.gather_rows(np.asarray(x), count)
-                           for x in (table.values, table.total, table.scored))
-  return dataclasses.replace(table, values=values, total=total, scored=scored, report=report)
 
 
 def estimate_advantages(estimator, rewards, scored, *, group_size, **arrays):
@@ -121,11 +91,49 @@ def assemble(prompts, rollouts, *, scored, mask_truncated=False, reuse_log_probs
       inputs={'rollout_log_probs': rollouts.log_probs})
 
 
+def with_state(estimator, loss_state):
+  """The estimator under the KL coefficient that a controller keeps in `loss_state`, if any does."""
+  names = inspect.signature(estimator).parameters
+  if not isinstance(loss_state, dict) or 'reward_kl_coefficient' not in loss_state or (
+      'reward_kl_coefficient' not in names):
+    return estimator
+  coefficient = float(sharding.fetch(loss_state['reward_kl_coefficient']))
+  return functools.partial(estimator, reward_kl_coefficient=coefficient)
+
+
+def gate_metrics(found, group):
+  """The trace of a gate among an estimator's arrays: `gate/<name>`, means over prompts.
+
+  Of rows that take a part: the fraction of prompts that have some. Of weights: their mean.
+  """
+  metrics = {}
+  for name, value in found.items():
+    if name not in ('advantages', 'returns') and value.ndim == 1:
+      metrics[f'gate/{name}'] = float(value.reshape(-1, group).max(1).mean())
+  return metrics
+
+
+def with_overlong_penalty(table, rollouts, overlong_tokens):
+  """The table with a further component, `overlong`: DAPO's penalty on long completions.
+
+  Args:
+    table: RewardTable.
+    rollouts: types.Rollouts.
+    overlong_tokens: over how many tokens before the longest length the penalty grows to 1.
+  """
+  penalty = np.asarray(advantage.overlong_penalty(
+      rollouts.loss_mask.sum(1), max_completion_tokens=rollouts.loss_mask.shape[1],
+      cache_tokens=overlong_tokens), float)
+  return dataclasses.replace(
+      table, names=(*table.names, 'overlong'), total=table.total + penalty,
+      values=np.concatenate([table.values, penalty[:, None]], axis=1))
+
+
 def without(shown, table, rollouts):
   """Reward table and rollouts of the policy's own completions alone.
 
   Args:
-    shown: [B] bool; the rows that are demonstrations, as many in every group.
+    shown: [B] bool; the rows that are not, as many in every group.
     table: RewardTable.
     rollouts: types.Rollouts.
   """
@@ -169,18 +177,24 @@ class Collector:
   Attributes:
     door: data.prompts.PromptDoor.
     samplers: name -> compiled `(params, prompts, key) -> Rollouts`; 'policy' is always there,
-      'greedy' (one completion), 'reference' and 'teacher' where the method needs them.
+      'greedy' (one completion), 'reference', 'mixture' and 'teacher' where the method needs them.
     tokenizer: a Hugging Face tokenizer.
     reward_set: rewards.combine.RewardSet, or None where nothing reads rewards.
     estimator: advantage estimator, or None where the loss takes none.
     rollout: RolloutSettings.
-    mask_truncated: see `assemble`.
     seed: the run's seed.
+    mask_truncated: see `assemble`.
     log_probs: input's name -> `(params, batch) -> [B, T]`: `old_log_probs`,
       `reference_log_probs`, `teacher_log_probs`, `old_values`, where the method reads them.
     recipe: recipes.Recipe; how completions are drawn and the batch arranged.
     takes_rewards: whether the loss reads the rewards themselves.
     num_samples: completions kept for samples.jsonl.
+    judge: `(prompts, first, second) -> [N]`, the probability that the first text is the better one;
+      None compares rewards, which gives 0, a half or 1.
+    extra_rollouts: draws of other prompts, at most, for groups of equal rewards.
+    overlong_tokens: at the end of the longest completion, over which a penalty grows to 1; 0: none.
+    max_teacher_tokens: room for the prompt of a teacher that is shown more than the policy.
+    renew: None, or `renew(params, index)`, called before each rollout: the reference may change.
   """
   door: object
   samplers: dict
@@ -195,68 +209,154 @@ class Collector:
   takes_rewards: bool = False
   num_samples: int = 8
   judge: object = None
+  extra_rollouts: int = 0
+  overlong_tokens: int = 0
+  max_teacher_tokens: int | None = None
+  renew: object = None
 
-  def __call__(self, params, index):
-    """Collects rollout number `index` under `params`; a pure function of both and the seed."""
+  def __post_init__(self):
+    self._optimal_values = {}  # row of the data set -> the reference's optimal value
+
+  def __call__(self, params, index, loss_state=None):
+    """Collects rollout number `index`, a pure function of `params`, `loss_state` and the seed."""
     clock = _Clock()
-    drawn = self.door.batch(index)
+    if self.renew is not None:
+      self.renew(params, index)
     key = keys.stream(self.seed, 'rollout', index)
-    rollouts, known = self.recipe.draw(self.samplers, params, drawn, key)
-    clock.lap('rollout')
-    group = len(rollouts.tokens) // len(drawn.lengths)
-    completions = texts(rollouts, self.tokenizer)
-    table = self._score(drawn, rollouts, completions)
-    clock.lap('reward')
-    batch = assemble(drawn, rollouts, scored=table.scored, mask_truncated=self.mask_truncated,
+    first = self._draw(params, self.door.batch(index), key, clock)
+    drawn, counts = self._resample(params, first, index, key, clock)
+    table, rollouts, group = drawn.table, drawn.rollouts, drawn.group
+    batch = assemble(drawn.prompts, rollouts, scored=table.scored,
+                     mask_truncated=self.mask_truncated,
                      reuse_log_probs=self.rollout.reuse_log_probs)
-    batch.inputs.update(known)
+    batch.inputs.update(drawn.known)
+    judged = self.reward_set is None and self.judge is not None  # win rates are the rewards then
+    total = self._compare(drawn) if self.recipe.compares or judged else table.total
+    if self.recipe.privileged is not None:
+      batch.inputs.update(self._shown(drawn, total))
+    clock.lap('reward')
     for name, log_probs in self.log_probs.items():
       batch.inputs[name] = log_probs(params, batch)
     if self.takes_rewards:
-      batch.inputs['rewards'] = np.where(table.scored, table.total, np.nan).astype(np.float32)
+      batch.inputs['rewards'] = np.where(table.scored, total, np.nan).astype(np.float32)
     gates = {}
     if self.estimator is not None:
       recorded = {name: x for name, x in batch.inputs.items() if name != 'rewards'}
-      arrays = {'old_log_probs': rollouts.log_probs, **recorded,
-                'reward_components': table.values, **self._baselines(params, drawn, group, key)}
+      arrays = {'old_log_probs': rollouts.log_probs, **recorded, 'reward_components': table.values,
+                **self._baselines(params, drawn.prompts, group, key)}
       found = estimate_advantages(
-          self.estimator, table.total, table.scored, group_size=group,
+          with_state(self.estimator, loss_state), total, table.scored, group_size=group,
           loss_mask=batch.loss_mask, **arrays)
       batch.inputs.update(found)
-      for name, value in found.items():
-        if value.dtype == bool:  # which prompts have rows that take this part
-          gates[f'gate/{name}'] = float(value.reshape(-1, group).any(1).mean())
+      gates = gate_metrics(found, group)
     clock.lap('log_probs')
-    own = (table, rollouts)
-    if 'demonstration' in known:
-      own = without(known['demonstration'], table, rollouts)
-    tokens = int(own[1].loss_mask.sum())
     metrics = {
-        **rollout_metrics(*own, len(own[1].tokens) // len(drawn.lengths)), **gates, **clock.laps,
-        **{f'rewards/{name}': value for name, value in table.report.items() if value},
-        'epoch': self.door.epoch(index),
-        'perf/rollout_tokens_per_second': tokens / clock.laps['timing_s/rollout']}
-    samples = self._samples(_repeat(drawn.texts, group), completions, table, rollouts, batch)
-    return Experience(self.recipe.arrange(batch, table.total, table.scored), metrics, samples)
+        **self._metrics(first, clock), **self._judged(), **counts, **gates, **clock.laps,
+        'epoch': self.door.epoch(index)}
+    samples = self._samples(_repeat(drawn.prompts.texts, group), drawn.completions, table, rollouts,
+                            batch)
+    return Experience(self.recipe.arrange(batch, total, table.scored), metrics, samples)
 
-  def _score(self, drawn, rollouts, completions):
+  def _draw(self, params, prompts, key, clock):
+    """Draws and scores completions of some prompts; resampling.Drawn."""
+    rollouts, known = self.recipe.draw(self.samplers, params, prompts, key)
+    clock.lap('rollout')
+    completions = texts(rollouts, self.tokenizer)
+    table = self._score(prompts, rollouts, completions)
+    merits = np.where(table.scored, table.total, np.nan)
+    if self.overlong_tokens and self.reward_set is not None:
+      table = with_overlong_penalty(table, rollouts, self.overlong_tokens)
+    clock.lap('reward')
+    return resampling.Drawn(prompts, rollouts, known, completions, table, merits)
+
+  def _resample(self, params, drawn, index, key, clock):
+    """Replaces groups of equal rewards by those of other prompts; what is left does not train."""
+    if not self.extra_rollouts:
+      return drawn, {}
+    count, tokens, extra, filled = len(drawn.prompts.lengths), 0, 0, 0
+    while extra < self.extra_rollouts and resampling.tied(drawn).any():
+      vacant = int(resampling.tied(drawn).sum())
+      size = min(count, 1 << (vacant - 1).bit_length())  # few shapes, so few programs
+      spare = self.door.take(self.door.spare(index, extra)[:size])
+      fresh = self._draw(params, spare, jax.random.fold_in(key, 2 + extra), clock)
+      drawn, now = resampling.fill(drawn, fresh)
+      tokens += int(fresh.rollouts.loss_mask.sum())
+      extra, filled = extra + 1, filled + now
+    vacant = resampling.tied(drawn)
+    table = dataclasses.replace(
+        drawn.table, scored=drawn.table.scored & ~np.repeat(vacant, drawn.group))
+    return dataclasses.replace(drawn, table=table), {
+        'resampling/extra_rollouts': extra, 'resampling/replaced_groups': filled,
+        'resampling/vacant_groups': int(vacant.sum()), 'resampling/extra_tokens': tokens}
+
+  def _metrics(self, drawn, clock):
+    """Of the policy's own completions, before any of them was replaced."""
+    table, rollouts = drawn.table, drawn.rollouts
+    for name in ('demonstration', 'rival'):
+      if name in drawn.known:
+        table, rollouts = without(drawn.known[name], table, rollouts)
+    count = len(drawn.prompts.lengths)
+    return {
+        **rollout_metrics(table, rollouts, len(rollouts.tokens) // count),
+        **{f'rewards/{name}': value for name, value in table.report.items() if value},
+        'perf/rollout_tokens_per_second': int(
+            rollouts.loss_mask.sum()) / clock.laps['timing_s/rollout']}
+
+  def _score(self, prompts, rollouts, completions):
     """The rewards of completions, prompt-major."""
     if self.reward_set is None:
       count = len(completions)
       return combine.RewardTable(
           names=(), values=np.zeros((count, 0)), total=np.full(count, np.nan),
           scored=np.ones(count, bool), report={}, seconds={})
-    group = len(completions) // len(drawn.lengths)
-    columns = {name: _repeat(values, group) for name, values in drawn.columns.items()}
+    group = len(completions) // len(prompts.lengths)
+    columns = {name: _repeat(values, group) for name, values in prompts.columns.items()}
+    columns['raw_prompts'] = _repeat(prompts.prompts, group)
+    columns['prompt_ids'] = _repeat(
+        [row[:n].tolist() for row, n in zip(prompts.tokens, prompts.lengths)], group)
     columns['completion_ids'] = [
         row[mask].tolist() for row, mask in zip(rollouts.tokens, rollouts.loss_mask)]
-    return score(self.reward_set, _repeat(drawn.texts, group), completions, columns)
+    return scoring.score(self.reward_set, _repeat(prompts.texts, group), completions, columns)
+
+  def _compare(self, drawn):
+    """[B]: how probably each completion beats its rival or, without rivals, another of its group."""
+    rows = np.arange(len(drawn.completions)).reshape(-1, drawn.group)
+    if 'rival' in drawn.known:
+      own, rival = np.split(rows, 2, axis=1)
+      pairs = np.stack([own.reshape(-1), rival.reshape(-1)], 1)
+    else:
+      pairs = np.concatenate([rows[:, [i, j]] for i in range(drawn.group) for j in range(i)])
+    if self.judge is None:
+      wins = 0.5 + 0.5 * np.sign(drawn.table.total[pairs[:, 0]] - drawn.table.total[pairs[:, 1]])
+    else:
+      prompts = _repeat(drawn.prompts.prompts, drawn.group)
+      first, second = ([drawn.completions[row] for row in side] for side in pairs.T)
+      wins = np.asarray(self.judge([prompts[row] for row in pairs[:, 0]], first, second), float)
+    total, met = np.zeros(rows.size), np.zeros(rows.size)
+    for side, probability in ((0, wins), (1, 1.0 - wins)):
+      seen = ~np.isnan(probability)
+      np.add.at(total, pairs[seen, side], probability[seen])
+      np.add.at(met, pairs[seen, side], 1)
+    return np.where(met > 0, total / np.maximum(met, 1), np.nan)
+
+  def _judged(self):
+    """What the judge counted: `judge/asked`, `cached`, `failed`, `unreadable`."""
+    report = self.judge.take_report() if hasattr(self.judge, 'take_report') else {}
+    return {f'judge/{name}': count for name, count in report.items()}
+
+  def _shown(self, drawn, total):
+    """What the teacher reads in the place of the prompts, and which rows learn from it."""
+    found, inputs = self.recipe.privileged(
+        drawn.prompts, drawn.completions, total, self.tokenizer)
+    return {**inputs, **privileged.teacher_prompts(
+        self.tokenizer, drawn.prompts.prompts, found, template=self.recipe.template,
+        max_tokens=self.max_teacher_tokens)}
 
   def _baselines(self, params, drawn, group, key):
     """What an estimator compares rewards with, if it asks: [B] each.
 
     `greedy_rewards` (ReMax): those of the prompt's greedy completion. `optimal_values` (A*-PO):
-    of the reference's own samples; without a stored copy they are drawn anew for each rollout.
+    of the reference's own samples, which are the same for a prompt whenever it comes.
     """
     names = () if self.estimator is None else inspect.signature(self.estimator).parameters
     found = {}
@@ -266,12 +366,18 @@ class Collector:
       total = self._score(drawn, greedy, texts(greedy, self.tokenizer)).total
       found['greedy_rewards'] = np.repeat(total, group).astype(np.float32)
     if 'optimal_values' in names:
-      own = sharding.fetch(self.samplers['reference'](
-          params, recipes.prompts_of(drawn), jax.random.fold_in(key, 1)))
-      total = self._score(drawn, own, texts(own, self.tokenizer)).total
-      values = advantage.optimal_value(
-          jnp.asarray(total, jnp.float32).reshape(len(drawn.lengths), -1))
-      found['optimal_values'] = np.repeat(np.asarray(values), group)
+      known = self._optimal_values
+      if any(int(row) not in known for row in drawn.ids):
+        first = np.tile(np.arange(drawn.sample_ids.shape[1], dtype=np.int32), (len(drawn.ids), 1))
+        own = sharding.fetch(self.samplers['reference'](
+            params, recipes.prompts_of(dataclasses.replace(drawn, sample_ids=first)),
+            keys.stream(self.seed, 'optimal_values')))
+        total = self._score(drawn, own, texts(own, self.tokenizer)).total
+        values = advantage.optimal_value(
+            jnp.asarray(total, jnp.float32).reshape(len(drawn.lengths), -1))
+        known.update(zip(map(int, drawn.ids), np.asarray(values)))
+      found['optimal_values'] = np.repeat(
+          np.asarray([known[int(row)] for row in drawn.ids], np.float32), group)
     return found
 
   def _samples(self, prompts, completions, table, rollouts, batch):
@@ -323,11 +429,11 @@ def _repeat(values, times):
 
 
 class _Clock:
-  """Seconds of each stage, as timing_s/* metrics."""
+  """Seconds of each stage, as timing_s/* metrics; a stage that comes again adds up."""
 
   def __init__(self):
     self.laps, self._last = {}, time.perf_counter()
 
   def lap(self, name):
-    now = time.perf_counter()
-    self.laps[f'timing_s/{name}'], self._last = now - self._last, now
+    now, name = time.perf_counter(), f'timing_s/{name}'
+    self.laps[name], self._last = self.laps.get(name, 0.0) + now - self._last, now

@@ -141,7 +141,7 @@ def run(stage, state, source, train_step, *, record, save, evaluate=None, eval_e
     nonlocal state
     if source.waits_for_params:
       flush()
-    batch, metrics, samples = source.batch(state.params, step)
+    batch, metrics, samples = source.batch(state.params, step, state.loss_state)
     started = time.perf_counter()
     state, on_device = train_step(state, batch)
     waiting.append((step, metrics, on_device, samples, started))

@@ -1,5 +1,12 @@
 """Batches from a data set: one per optimizer step, a pure function of the step."""
 
+import time
+
+import numpy as np
+
+from ptjax import keys
+from ptjax import sharding
+from ptjax import types
 from ptjax.training import step as training_step
 
 
@@ -16,9 +23,9 @@ class OfflineSource:
     self._door = door
     self._mesh = mesh
 
-  def batch(self, params, step):
+  def batch(self, params, step, loss_state=None):
     """Returns the placed batch of `step` (0-based), its metrics, and no samples."""
-    del params
+    del params, loss_state
     batch = self._door.batch(step)
     metrics = {'epoch': self._door.epoch(step), 'train_tokens': int(batch.loss_mask.sum())}
     return training_step.place(batch, self._mesh), metrics, None

@@ -30,12 +30,12 @@ class RolloutSource:
     self._experience = None
     self.updates_per_rollout = training.mini_batches * training.epochs
 
-  def batch(self, params, step):
+  def batch(self, params, step, loss_state=None):
     """Returns the placed batch of `step` (0-based), its metrics, and samples when they are due."""
     index, update = divmod(step, self.updates_per_rollout)
     samples = None
     if update == 0:
-      self._experience = self._collector(params, index)
+      self._experience = self._collector(params, index, loss_state)
       samples = self._experience.samples if self._samples_due(index) else None
     whole = self._experience.batch
     reuses = not bool(whole.on_policy)

@@ -167,6 +167,11 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
 
   def gradients(params, frozen, batch, loss_state, key):
     if micro_batches == 1:
+  def in_parts(params, frozen, batch):
+    _, outputs = jax.lax.scan(lambda _, part: (None, forward(params, frozen, part)), None,
+                              split(batch, micro_batches))
+    return jax.tree.map(lambda x: join(x, batch), outputs)
+
       def objective(params):
         outputs = forward(params, frozen, batch)
         value, aux = whole_loss({}, outputs, batch, loss_state, key)
@@ -176,8 +181,7 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
       return value, metrics, loss_state, outputs, grads
 
     parts = split(batch, micro_batches)
-    _, outputs = jax.lax.scan(lambda _, part: (None, forward(params, frozen, part)), None, parts)
-    outputs = jax.tree.map(lambda x: join(x, batch), outputs)
+    outputs = in_parts(params, frozen, batch)
     (value, (metrics, loss_state)), cotangents = jax.value_and_grad(whole_loss, has_aux=True)(
         {n: outputs[n] for n in attached if n in outputs}, outputs, batch, loss_state, key)
     cotangents = split_arrays(cotangents, micro_batches, batch.prompt_lengths.shape[0])
@@ -302,8 +306,9 @@ def batch_metrics(outputs, batch):
     trainer = outputs['log_probs']
     if 'old_log_probs' in batch.inputs:
       trainer = jnp.where(batch.on_policy, trainer, batch.inputs['old_log_probs'])
-    if 'demonstration' in batch.inputs:  # no sampler drew those
-      mask &= ~batch.inputs['demonstration'][:, None]
+    for name in ('demonstration', 'rival'):  # no sampler drew those, or another model's
+      if name in batch.inputs:
+        mask &= ~batch.inputs[name][:, None]
     gap = jnp.where(mask, trainer - rollout, 0.0)  # [B, T]
     weights = jnp.exp(jnp.clip(gap.sum(-1), -20.0, 20.0))  # [B]
     metrics['sampling/log_prob_gap_max'] = jnp.abs(gap).max()

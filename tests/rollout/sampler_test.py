@@ -275,7 +275,8 @@ def test_the_cache_is_updated_in_place(rollouts):
 # A change of each option, and whether it changes the tokens drawn; else it must raise.
 CHANGES = {
     'max_tokens': 7, 'temperature': 0.5, 'top_k': 2, 'top_p': 0.3, 'min_p': 0.5,
-    'stop_ids': (1, 2, 3), 'stop_strings': tuple('abcdefgh'), 'group_size': 3, 'chunk': 4}
+    'stop_ids': (1, 2, 3), 'stop_strings': tuple('abcdefgh'), 'group_size': 3, 'chunk': 4,
+    'mixture': (0.5, 0.5)}
 
 
 def test_the_table_of_changes_is_whole():
@@ -286,8 +287,8 @@ def test_the_table_of_changes_is_whole():
 @pytest.mark.parametrize('name', CHANGES)
 def test_every_option_is_read(rollouts, name):
   sample = sampler_for(**{name: CHANGES[name]})
-  if name == 'group_size':
-    with pytest.raises(ValueError, match='group_size'):
+  if name in ('group_size', 'mixture'):
+    with pytest.raises(ValueError, match=name):
       sample(params_of(CONFIG), make_prompts(), KEY)
     return
   result = fetch(sample(params_of(CONFIG), make_prompts(), KEY))
@@ -297,6 +298,33 @@ def test_every_option_is_read(rollouts, name):
   else:
     assert (result.tokens.shape != rollouts.tokens.shape
             or (result.tokens != rollouts.tokens).any())
+
+
+def test_a_mixture_draws_from_the_geometric_mean():
+  """Its log-probs against the closed form from each model's own logits."""
+  other = jax.tree.map(lambda x: -0.7 * x, params_of(CONFIG))
+  both = [params_of(CONFIG), other]
+  shares, temperature = np.array([0.3, 0.7]), 0.8
+  prompts = make_prompts()
+  result = fetch(sampler_for(mixture=tuple(shares), temperature=temperature)(both, prompts, KEY))
+
+  def log_softmax(params):
+    states = policy.hidden(CONFIG, params, prompts.tokens, prompts.lengths, result.tokens)
+    logits = np.asarray(transformer.logits(CONFIG, params, states), np.float64) / temperature
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+  mixed = sum(share * log_softmax(params) for share, params in zip(shares, both))
+  mixed -= np.logaddexp.reduce(mixed, axis=-1, keepdims=True)
+  expected = np.take_along_axis(mixed, result.tokens[..., None], axis=-1)[..., 0]
+  np.testing.assert_allclose(result.log_probs, np.where(result.loss_mask, expected, 0), atol=2e-5)
+
+
+def test_a_mixture_with_one_share_is_that_model(rollouts):
+  both = [jax.tree.map(lambda x: -0.7 * x, params_of(CONFIG)), params_of(CONFIG)]
+  assert_same(fetch(sampler_for(mixture=(0.0, 1.0))(both, make_prompts(), KEY)), rollouts)
+  with pytest.raises(ValueError, match='1 models for a mixture of 2'):
+    sampler_for(mixture=(0.0, 1.0))(both[:1], make_prompts(), KEY)
+  with pytest.raises(settings.UserError, match='mixture.*sum to 1'):
+    sampler.SamplingOptions(max_tokens=1, mixture=(0.5, 0.6))
 
 
 @pytest.mark.slow

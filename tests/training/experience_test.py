@@ -52,7 +52,7 @@ def test_completions_without_a_reward_do_not_train(prompts, rollouts):
 def test_advantages_ignore_what_was_not_scored():
   rewards = np.array([1.0, 0.0, np.nan, 3.0, 2.0, 2.0, np.nan, np.nan])
   found = experience.estimate_advantages(
-      advantage.group_centred, rewards, ~np.isnan(rewards), group_size=2)
+      advantage.group_centred, rewards, ~np.isnan(rewards), group_size=2)['advantages']
   # A lone opinion has nothing to compare with: its group's mean is itself.
   np.testing.assert_allclose(found, [0.5, -0.5, 0, 0, 0, 0, 0, 0])
   assert found.dtype == np.float32
@@ -64,12 +64,12 @@ def test_estimators_get_the_arrays_they_name():
     return scale * loss_mask * rewards[:, None]
   found = experience.estimate_advantages(
       functools.partial(estimator, scale=2.0), rewards, scored, group_size=2,
-      loss_mask=np.ones((4, 3), np.float32), unused=None)
+      loss_mask=np.ones((4, 3), np.float32), unused=None)['advantages']
   np.testing.assert_allclose(found, 2 * np.array([0, 1, 2, 0.0])[:, None] * np.ones((4, 3)))
   found = experience.estimate_advantages(
       returns.whitened_to_go, rewards, np.ones(4, bool), group_size=2,
       loss_mask=np.ones((4, 3), bool), old_log_probs=np.zeros((4, 3)),
-      reference_log_probs=np.zeros((4, 3)), rollout_log_probs=None)
+      reference_log_probs=np.zeros((4, 3)), rollout_log_probs=None)['advantages']
   assert found.shape == (4, 3)
 
 

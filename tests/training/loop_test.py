@@ -15,6 +15,7 @@ from ptjax.training import loop
 class State:
   step: int
   params: str = ''
+  loss_state: str = 'statistics'
 
 
 class Source:
@@ -25,7 +26,8 @@ class Source:
     self.fails = fails or {}
     self.log = []
 
-  def batch(self, params, step):
+  def batch(self, params, step, loss_state):
+    assert loss_state == 'statistics'
     self.log.append(f'batch {step} of {params!r}')
     if step in self.fails:
       raise self.fails[step]

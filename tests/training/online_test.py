@@ -19,7 +19,7 @@ class Collector:
     self.calls = []
     self._recomputed = recomputed
 
-  def __call__(self, params, index):
+  def __call__(self, params, index, loss_state):
     self.calls.append((params, index))
     fill = lambda *shape: np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + 100 * index
     inputs = {'advantages': fill(P * G), 'rollout_log_probs': fill(P * G, T)}

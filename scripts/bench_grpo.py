@@ -14,16 +14,13 @@ and one JSON line per row. The peer needs the `parity` extra.
 import argparse
 import dataclasses
 import json
-import os
-import pathlib
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 
-HERE = pathlib.Path(__file__).resolve().parent
+import bench_common
+
 PEERS = {'hf': 'bench_peer_hf.py', 'none': None}
 
 
@@ -101,11 +98,9 @@ def serve(step, facts):
 def ptjax_worker(shape):
   """Our side: the programs that the launcher runs, float32."""
   import jax
-  from jax import monitoring
   import numpy as np
 
   from ptjax import algorithms
-  from ptjax import assembly
   from ptjax import config as settings
   from ptjax import keys
   from ptjax import types
@@ -113,14 +108,12 @@ def ptjax_worker(shape):
   from ptjax.models import transformer
   from ptjax.rollout import sampler
   from ptjax.training import algorithm as binding
+  from ptjax.training import forward as training_forward
   from ptjax.training import optimizer as optimizers
   from ptjax.training import state as training_state
   from ptjax.training import step as training_step
 
-  compiles = []
-  monitoring.register_event_duration_secs_listener(
-      lambda event, seconds, **_: compiles.append(seconds)
-      if event == '/jax/core/compile/backend_compile_duration' else None)
+  compiles = bench_common.compilations()
   model = presets.get(
       'tiny', num_layers=shape.layers, width=shape.width, num_heads=shape.heads,
       num_kv_heads=shape.kv_heads, mlp_width=shape.mlp, vocab_size=shape.vocab)
@@ -129,7 +122,8 @@ def ptjax_worker(shape):
   optimizer, schedule = optimizers.make_optimizer(
       settings.OptimizerSettings(learning_rate=shape.learning_rate), 1, params)
   train_step = training_step.make_train_step(
-      assembly.make_forward(model, 1.0, settings.ModelSettings().remat), bound.loss, optimizer, schedule=schedule)
+      training_forward.make_forward(model, outputs=training_step.model_outputs(bound.loss)),
+      bound.loss, optimizer, schedule=schedule)
   sample = sampler.make_sampler(model, sampler.SamplingOptions(
       max_tokens=shape.completion, group_size=shape.group))
   p, g = shape.prompts, shape.group
@@ -165,32 +159,16 @@ def ptjax_worker(shape):
 
 
 class Side:
-  """A worker process."""
+  """A worker, warm."""
 
   def __init__(self, script, argv):
-    environment = {
-        **os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE.parent), str(HERE)]),
-        'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}  # a GPU is shared with the other side
-    self._process = subprocess.Popen(
-        [sys.executable, str(HERE / script), '--worker', *argv], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True, env=environment)
-    self.facts = self._read()
+    self._worker = bench_common.Worker(script, argv)
+    self.close = self._worker.close
+    self.facts = self._worker.read()
     self.runs = []
 
-  def _read(self):
-    line = self._process.stdout.readline()
-    if not line:
-      raise SystemExit(f'the worker ended with code {self._process.wait()}')
-    return json.loads(line)
-
   def step(self):
-    self._process.stdin.write('step\n')
-    self._process.stdin.flush()
-    self.runs.append(self._read())
-
-  def close(self):
-    self._process.stdin.close()
-    self._process.wait()
+    self.runs.append(self._worker.ask())
 
   def row(self, shape):
     """What this side did, medians over its steps."""
@@ -205,16 +183,7 @@ class Side:
         'completion_tokens': tokens, 'tokens_per_second': tokens / median('step'),
         'cpu_seconds': median('cpu'), 'cores_used': median('cores_used'),
         'peak_rss_mib': max(run['peak_rss_mib'] for run in self.runs),
-        'machine': {'cpu': cpu_name(), 'cores': os.cpu_count(), 'python': platform.python_version(),
-                    'load_average': os.getloadavg()[0]}}
-
-
-def cpu_name():
-  try:
-    with open('/proc/cpuinfo', encoding='utf-8') as file:
-      return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
-  except (OSError, StopIteration):
-    return platform.processor() or platform.machine()
+        'machine': bench_common.machine()}
 
 
 def check_comparable(sides):

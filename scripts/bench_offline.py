@@ -26,18 +26,16 @@ import argparse
 import dataclasses
 import json
 import os
-import pathlib
-import platform
 import resource
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 
-HERE = pathlib.Path(__file__).resolve().parent
+import bench_common
+
 PEERS = {'trl': 'bench_peer_trl.py', 'none': None}
 SETTINGS = ('default', 'padded', 'tuned')
 
@@ -200,11 +198,7 @@ def process_started():
 
 def ptjax_worker(arguments, job):
   """Our side: the launcher, with a reporter behind its train step."""
-  from jax import monitoring
-  compiles = []
-  monitoring.register_event_duration_secs_listener(
-      lambda event, seconds, **_: compiles.append(seconds)
-      if event == '/jax/core/compile/backend_compile_duration' else None)
+  compiles = bench_common.compilations()
   import jax
 
   from ptjax import launch
@@ -229,8 +223,8 @@ def ptjax_worker(arguments, job):
     doors.append(self._data.doors[self.plan.stage.index])
     batch = made.batch
 
-    def counted(params, step):
-      found = batch(params, step)
+    def counted(*arguments):
+      found = batch(*arguments)
       trained.append(found[1]['train_tokens'])
       return found
     made.batch = counted
@@ -264,48 +258,23 @@ def ptjax_worker(arguments, job):
 
 
 class Side:
-  """A worker process, past its first step."""
+  """A worker past its first step."""
 
   def __init__(self, script, job, more=()):
-    environment = {
-        **os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE.parent), str(HERE)]),
-        'HF_DATASETS_CACHE': os.path.join(job.folder, 'datasets'),
-        'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}  # a GPU is shared with the other side
-    self._log = tempfile.TemporaryFile('w+', dir=job.folder)
-    argv = [f'--{name}={value}' for name, value in dataclasses.asdict(job).items()]
-    self._process = subprocess.Popen(
-        [sys.executable, str(HERE / script), '--worker', *argv, *more], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment)
-    self.first = self._read()
+    self._worker = bench_common.Worker(
+        script, [*(f'--{name}={value}' for name, value in dataclasses.asdict(job).items()), *more],
+        {'HF_DATASETS_CACHE': os.path.join(job.folder, 'datasets')})
+    self.close, self.kill = self._worker.close, self._worker.kill
+    self.first = self._worker.read()
     self.warm_up, self.runs = None, []
-
-  def _read(self):
-    line = self._process.stdout.readline()
-    if not line:
-      self._log.seek(0)
-      raise SystemExit(f'{self._log.read()[-3000:]}\n'
-                       f'the worker ended with code {self._process.wait()}')
-    return json.loads(line)
 
   def warm(self):
     """Lets the worker finish its first pass."""
-    self.warm_up = self._read()
+    self.warm_up = self._worker.read()
 
   def run(self):
     """Lets the worker pass the file once more."""
-    self._process.stdin.write('pass\n')
-    self._process.stdin.flush()
-    self.runs.append(self._read())
-
-  def close(self):
-    """Lets the worker end."""
-    self._process.stdin.close()
-    self._process.wait()
-
-  def kill(self):
-    """Ends the worker at once."""
-    self._process.kill()
-    self._process.wait()
+    self.runs.append(self._worker.ask())
 
   def row(self, job, warm_start):
     """What this side did, medians over its passes."""
@@ -327,16 +296,7 @@ class Side:
         'start_seconds': self.first['start_seconds'], 'start_cpu_seconds': self.first['start_cpu'],
         'warm_start_seconds': warm_start and warm_start['start_seconds'],
         'warm_start_cpu_seconds': warm_start and warm_start['start_cpu'],
-        'machine': {'cpu': cpu_name(), 'cores': os.cpu_count(), 'python': platform.python_version(),
-                    'load_average': os.getloadavg()[0]}}
-
-
-def cpu_name():
-  try:
-    with open('/proc/cpuinfo', encoding='utf-8') as file:
-      return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
-  except (OSError, StopIteration):
-    return platform.processor() or platform.machine()
+        'machine': bench_common.machine()}
 
 
 def check_comparable(sides):

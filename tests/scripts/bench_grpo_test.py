@@ -1,6 +1,5 @@
 """The benchmark runs both sides on the same work, and refuses to compare what differs."""
 
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -11,17 +10,11 @@ import numpy as np
 import pytest
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'bench_grpo.py'
+sys.path.insert(0, str(SCRIPT.parent))
+import bench_grpo
+
 TINY = ['--layers=1', '--width=16', '--heads=2', '--kv_heads=1', '--mlp=32', '--vocab=50',
         '--prompts=2', '--group=2', '--prompt=8', '--completion=6', '--repetitions=1']
-
-
-@pytest.fixture(scope='module')
-def bench():
-  spec = importlib.util.spec_from_file_location('bench_grpo', SCRIPT)
-  module = importlib.util.module_from_spec(spec)
-  sys.modules['bench_grpo'] = module  # dataclasses look their module up
-  spec.loader.exec_module(module)
-  return module
 
 
 def side(parameters=10, counts=(24, 24), prompt_tokens=16):
@@ -32,17 +25,17 @@ def side(parameters=10, counts=(24, 24), prompt_tokens=16):
 @pytest.mark.parametrize('peer, message', [
     (side(counts=(24, 23)), 'completion tokens'), (side(prompt_tokens=15), 'prompt_tokens'),
     (side(parameters=11), 'parameters'), (side(), None)])
-def test_unequal_work_is_not_compared(bench, peer, message):
+def test_unequal_work_is_not_compared(peer, message):
   if message is None:
-    bench.check_comparable([side(), peer])
+    bench_grpo.check_comparable([side(), peer])
     return
   with pytest.raises(SystemExit, match=message):
-    bench.check_comparable([side(), peer])
+    bench_grpo.check_comparable([side(), peer])
 
 
-def test_advantages_compare_within_a_group(bench):
+def test_advantages_compare_within_a_group():
   tokens = np.array([[0, 0, 9], [9, 9, 9], [0, 9, 9], [9, 0, 9]])
-  np.testing.assert_allclose(bench.advantages(tokens, 2), [1, -1, 0, 0], atol=1e-4)
+  np.testing.assert_allclose(bench_grpo.advantages(tokens, 2), [1, -1, 0, 0], atol=1e-4)
 
 
 @pytest.mark.slow

@@ -38,7 +38,8 @@ ROLES = ('reference', 'critic', 'teacher', 'reward_model', 'judge')
 # Arguments with a default that are arrays of the batch or state all the same, not hyperparameters.
 OPTIONAL_ARRAYS = frozenset((
     'entropy', 'loss_mask', 'old_log_probs', 'reference_log_probs', 'off_policy', 'loss_state',
-    'corrupted_log_probs', 'corrupted_reference_log_probs', 'desirable_probabilities'))
+    'corrupted_log_probs', 'corrupted_reference_log_probs', 'outcome_rewards',
+    'desirable_probabilities'))
 
 # Coefficients that, above 0, need the reference model although the row does without.
 _REFERENCE_COEFFICIENTS = ('kl_coefficient', 'reward_kl_coefficient')
@@ -192,6 +193,8 @@ _ROWS = (
             models=('reference', 'judge'), defaults={'kl_coefficient': 0.04}),
     _online('gdpo', policy_gradient.grpo_loss, '2601.05242, GDPO', 'TRL normalize_then_sum',
             advantage=advantage.component_normalized),
+    _online('grpo_process', policy_gradient.grpo_loss, '2402.03300, DeepSeekMath',
+            advantage=advantage.step_normalized, data='rewards of steps: --reward=process:DIR'),
     _online('pass_at_k', policy_gradient.grpo_loss, '2503.19595, pass@k optimisation',
             advantage=advantage.pass_at_k),
     _online('cispo', policy_gradient.cispo_loss, '2506.13585, MiniMax-M1', 'TRL cispo'),

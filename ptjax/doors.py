@@ -74,7 +74,9 @@ def load_data(config, plans, policy, *, parts=1, mesh=None):
         judge = scoring.Compare(learned.load_judge(config.judge, config=plan.config, **placed))
       if config.judge is None or config.reward:
         rewards = _load_rewards(plan, task, rows, **placed)
-    if not plan.online:
+    if plan.online:
+      _check_steps(plan, rewards)
+    else:
       held_out[plan.stage.index] = _load_held_out(plan, policy)
   return Data(doors, {k: v for k, v in held_out.items() if v is not None}, rewards,
               _evaluation_task(config, policy, task, rewards, measured=any(held_out.values())),
@@ -170,6 +172,16 @@ def _load_held_out(plan, policy):
   return offline_door.OfflineDoor(
       found, batch_size=config.training.batch_size, seed=None,
       fill=tokenizers.pad_id(policy.tokenizer), name='held_out')
+
+
+def _check_steps(plan, rewards):
+  """Raises UserError if a method reads rewards of steps and no reward gives any."""
+  estimator = plan.bind().estimator
+  if estimator is None or 'step_rewards' not in inspect.signature(estimator).parameters:
+    return
+  if rewards is None or not any(hasattr(c.function, 'take_steps') for c in rewards.components):
+    raise settings.UserError(f'--algo={plan.row.name}: needs rewards of steps; name a process '
+                             'reward model with --reward=process:DIR (--algo=prm trains one)')
 
 
 def _load_rewards(plan, task, rows, *, policy, mesh):

@@ -166,7 +166,8 @@ def check_inputs(plan):
   if plan.row.door != 'prompts':
     recorded.add('demonstration')
   recorded |= set(recipes.RECIPES[plan.row.recipe].gives)
-  baselines = {'old_values', 'rewards', 'reward_components', 'group_size', 'greedy_rewards', 'optimal_values'}
+  baselines = {'old_values', 'rewards', 'reward_components', 'group_size', 'greedy_rewards', 'optimal_values',
+               'step_rewards', 'outcome_rewards'}
   to_loss = recorded | {'old_values', 'returns', 'loss_state', 'key', 'advantages', 'rewards', 'teacher_log_probs',
                         'from_rollouts', 'imitated', 'off_policy'}  # the last three are a gate's
   for arguments in training_step.MODEL_OUTPUTS.values():

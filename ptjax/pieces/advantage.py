@@ -171,6 +171,34 @@ def component_normalized(reward_components, *, group_size, reward_weights=None, 
   return (total - total.mean()) / (total.std(ddof=1) + epsilon)
 
 
+def step_normalized(rewards, *, step_rewards, loss_mask, group_size, outcome_rewards=None,
+                    epsilon=1e-4):
+  """Process supervision: each token earns the z-scored rewards of its step and those after. [B, T].
+
+  A step's reward is z-scored over all steps of its group, whichever completion they are of, as
+  `group_normalized` does with completions. A group whose steps are all equal gets 0 for them.
+
+  Args:
+    rewards: [B]; completions without one (NaN) get 0 and stay out of the statistics.
+    step_rewards: [B, T]; at the token that ends a step its reward, NaN elsewhere.
+    loss_mask: [B, T] bool; steps that end off it do not count.
+    group_size: completions per prompt.
+    outcome_rewards: [B] or None; rewards of whole completions, whose `group_normalized` is added.
+    epsilon: guard of the standard deviations (ddof 1).
+  Source: DeepSeekMath, arXiv:2402.03300, section 4.1.3, which has no outcome beside the process.
+  """
+  chex.assert_equal_shape([step_rewards, loss_mask])
+  length = loss_mask.shape[1]
+  ends = returns.scored(rewards, loss_mask) & ~jnp.isnan(step_rewards)
+  steps = jnp.where(ends, step_rewards, jnp.nan).reshape(-1, group_size * length)
+  normalized = (_centred(steps) / (_std(steps) + epsilon)).reshape(-1, length)
+  to_go = jnp.cumsum(jnp.where(ends, normalized, 0.0)[:, ::-1], axis=1)[:, ::-1]
+  if outcome_rewards is not None:
+    outcome = group_normalized(outcome_rewards, group_size=group_size, epsilon=epsilon)
+    to_go = to_go + outcome[:, None]
+  return jnp.where(returns.scored(rewards, loss_mask), to_go, 0.0)
+
+
 def leave_one_out_with_kl(
     rewards, *, group_size, loss_mask=None, old_log_probs=None, reference_log_probs=None,
     reward_kl_coefficient=0.05):

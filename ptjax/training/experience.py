@@ -266,6 +266,8 @@ class Collector:
     merits = np.where(table.scored, table.total, np.nan)
     if self.overlong_tokens and self.reward_set is not None:
       table = with_overlong_penalty(table, rollouts, self.overlong_tokens)
+    if self.reward_set is not None and 'step_rewards' in self._estimator_names:
+      known = {**known, **scoring.step_inputs(table, self.reward_set, rollouts.tokens.shape)}
     clock.lap('reward')
     return resampling.Drawn(prompts, rollouts, known, completions, table, merits)
 
@@ -339,6 +341,10 @@ class Collector:
       np.add.at(met, pairs[seen, side], 1)
     return np.where(met > 0, total / np.maximum(met, 1), np.nan)
 
+  @property
+  def _estimator_names(self):
+    return () if self.estimator is None else inspect.signature(self.estimator).parameters
+
   def _judged(self):
     """What the judge counted: `judge/asked`, `cached`, `failed`, `unreadable`."""
     report = self.judge.take_report() if hasattr(self.judge, 'take_report') else {}
@@ -358,8 +364,7 @@ class Collector:
     `greedy_rewards` (ReMax): those of the prompt's greedy completion. `optimal_values` (A*-PO):
     of the reference's own samples, which are the same for a prompt whenever it comes.
     """
-    names = () if self.estimator is None else inspect.signature(self.estimator).parameters
-    found = {}
+    names, found = self._estimator_names, {}
     if 'greedy_rewards' in names:
       greedy = sharding.fetch(self.samplers['greedy'](
           params, recipes.prompts_of(drawn, 1), key))

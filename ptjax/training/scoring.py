@@ -38,6 +38,31 @@ def _score_own_rows(reward_set, prompts, completions, columns):
                              report=_summed(table.report))
 
 
+def step_inputs(table, reward_set, shape):
+  """What estimators of process rewards read beside the rewards.
+
+  Args:
+    table: rewards.combine.RewardTable.
+    reward_set: the RewardSet it is of.
+    shape: (B, T) of the completions.
+  Returns:
+    `step_rewards` [B, T] float32, at the token that ends a step its reward, weighted, and NaN
+    elsewhere; `outcome_rewards` [B] float32, the weighted sum of the rewards without steps, 0
+    where there are none.
+  """
+  weights = {component.name: component.weight for component in reward_set.components}
+  steps = np.full(shape, np.nan, np.float32)
+  for name, rows in table.steps.items():
+    for row, ends in enumerate(rows):
+      for place, reward in ends:
+        before = 0.0 if np.isnan(steps[row, place]) else steps[row, place]
+        steps[row, place] = before + weights[name] * reward
+  others = [i for i, name in enumerate(table.names) if name not in table.steps]
+  outcome = np.nan_to_num(table.values[:, others]) @ np.array(
+      [weights.get(table.names[i], 1.0) for i in others])  # what no function gave counts in full
+  return {'step_rewards': steps, 'outcome_rewards': outcome.astype(np.float32)}
+
+
 class Compare:
   """`compare(prompts, first, second) -> P(first wins)`, the same on every process.
 

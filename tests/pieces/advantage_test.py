@@ -186,3 +186,30 @@ def test_per_token_spreads_and_masks():
   np.testing.assert_array_equal(got, np.where(MASK, REWARDS[:, None], 0.0))
   poisoned = np.where(MASK, 2.0, np.nan).astype(np.float32)
   np.testing.assert_array_equal(advantage.per_token(poisoned, MASK), np.where(MASK, 2.0, 0.0))
+
+
+def test_step_rewards_by_loops():
+  steps = np.where(MASK & (np.arange(8) % 3 == 2) | (np.arange(8) == LENGTHS[:, None] - 1),
+                   rng.uniform(size=MASK.shape), np.nan)
+  steps[2 * G:3 * G] = np.where(np.isnan(steps[2 * G:3 * G]), np.nan, 0.5)  # all equal: 0
+  steps[~MASK] = 7.0  # a step that ends off the mask is none
+  rewards = REWARDS.astype(np.float64).copy()
+  rewards[1] = np.nan
+  expected = np.zeros(MASK.shape)
+  for first in range(0, B, G):
+    places = [(i, t) for i in range(first, first + G) for t in range(8)
+              if MASK[i, t] and not np.isnan(steps[i, t]) and not np.isnan(rewards[i])]
+    values = np.array([steps[place] for place in places])
+    if len(set(values)) > 1:
+      for (i, end), z in zip(places, (values - values.mean()) / (values.std(ddof=1) + 1e-4)):
+        expected[i, :end + 1] += z
+  arguments = dict(step_rewards=jnp.asarray(steps, jnp.float32), loss_mask=MASK, group_size=G)
+  got = advantage.step_normalized(jnp.asarray(rewards, jnp.float32), **arguments)
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+  assert np.abs(expected).max() > 1 and not expected[2 * G:3 * G].any()
+  outcome = by_loops('group_normalized', REWARDS)
+  both = advantage.step_normalized(jnp.asarray(rewards, jnp.float32), **arguments,
+                                   outcome_rewards=jnp.asarray(REWARDS))
+  alive = MASK & ~np.isnan(rewards)[:, None]
+  np.testing.assert_allclose(both, np.where(alive, expected + outcome[:, None], 0.0), rtol=1e-4,
+                             atol=1e-5)

@@ -51,6 +51,17 @@ def test_programs_and_functions_share_a_table(monkeypatch):
   assert table.report == {'program/none': 1} and set(table.seconds) == {'program', 'host'}
 
 
+def test_steps_become_an_array_and_the_rest_the_outcome():
+  components = [combine.Component('program', _Program(), 2.0),
+                combine.Component('host', lambda prompts, completions: [1.0, None], 0.5)]
+  with combine.load(components) as rewards:
+    table = scoring.score(rewards, ['p'] * 2, ['a', 'bb'], {})
+    found = scoring.step_inputs(table, rewards, (2, 3))
+  nan = np.nan
+  np.testing.assert_array_equal(found['step_rewards'], [[1.0, nan, nan], [1.0, nan, nan]])
+  np.testing.assert_array_equal(found['outcome_rewards'], [0.5, 0.0])
+
+
 @pytest.mark.parametrize('collective', [False, True])
 def test_judges_are_asked_by_each_process_or_by_all(collective, monkeypatch):
   class Longer:

@@ -101,7 +101,7 @@ def use_compile_cache(folder):
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
-def load_policies(config, plans):
+def load_policies(config, plans, *, load=None):
   """Finds the models a run needs, by role: 'policy', which trains, and 'teacher'.
 
   Args:
@@ -115,9 +115,10 @@ def load_policies(config, plans):
   if len(labels) > 1:
     raise settings.UserError(f'--algo={config.algo}: a reward model has no next-token head, so it '
                              'trains in a run of its own; start it from out_dir/model')
-  policies = {'policy': load_policy(config, num_labels=labels.pop())}
+  load = load or load_policy
+  policies = {'policy': load(config, num_labels=labels.pop())}
   if any('teacher' in plan.row.models for plan in plans) and config.teacher is not None:
-    policies['teacher'] = _load_teacher(config, policies['policy'])
+    policies['teacher'] = _load_teacher(config, policies['policy'], load)
   return policies
 
 
@@ -127,8 +128,8 @@ def _num_labels(plan):
   return 2 if 'step_logits' in outputs else 1 if 'scores' in outputs else 0
 
 
-def _load_teacher(config, policy):
-  teacher = load_policy(dataclasses.replace(config, model=config.teacher))
+def _load_teacher(config, policy, load):
+  teacher = load(dataclasses.replace(config, model=config.teacher))
   if teacher.config.vocab_size != policy.config.vocab_size:
     raise settings.UserError(
         f'--teacher={config.teacher}: its vocabulary has {teacher.config.vocab_size} tokens, the '

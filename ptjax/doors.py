@@ -10,7 +10,6 @@ from absl import logging
 from ptjax import config as settings
 from ptjax import learned
 from ptjax import stages
-from ptjax.data import batching
 from ptjax.data import demonstrations
 from ptjax.data import examples
 from ptjax.data import formats
@@ -112,16 +111,6 @@ def load_door(plan, policy, rows, *, parts=1):
     return packing.PackedDoor(found, tokens=config.data.packed_tokens,
                               multiple=parts * config.training.micro_batches, **batch)
   return offline_door.OfflineDoor(found, **batch)
-
-
-def longest(plan, policy):
-  """Returns the longest prompt and, of offline stages, completion; None for what is sampled."""
-  rows = load_rows(plan.config)
-  if plan.online:
-    door = load_door(plan, policy, rows)
-    return door.take(range(len(door))).tokens.shape[1], None
-  prompts, completions = _read_examples(plan, policy, rows).lengths()
-  return batching.bucket(int(prompts.max())), batching.bucket(int(completions.max()))
 
 
 def _read_examples(plan, policy, rows):

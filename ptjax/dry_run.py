@@ -13,16 +13,11 @@ import time
 import jax
 import numpy as np
 
-from ptjax import assembly
 from ptjax import collectives
 from ptjax import sharding
 from ptjax import types
 from ptjax.models import hub
 from ptjax.rollout import sampler
-from ptjax.training import optimizer as optimizers
-from ptjax.training import state as training_state
-from ptjax.training import step as training_step
-from ptjax.training import trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,36 +67,25 @@ def compile_program(lower, mesh):
       seconds=time.perf_counter() - started)
 
 
-def train_step(plan, model, mesh, rows, *, micro_batches):
-  """Compiles a stage's train step.
+def update(made, batch, mesh):
+  """Compiles a stage's optimizer step.
 
   Args:
-    plan: stages.StagePlan.
-    model: TransformerConfig.
+    made: stage_run.StageRun.
+    batch: types.TokenBatch of shapes.
     mesh: the mesh.
-    rows: costs.Rows of one optimizer step.
-    micro_batches: parts it is computed in.
   """
-  bound, lora = plan.bind(), plan.config.lora
-  shapes = trained.shapes(lora, hub.param_shapes(model))
-  optimizer, schedule = optimizers.make_optimizer(plan.config.optimizer, plan.stage.steps, shapes)
-  loss_state = training_step.initial_loss_state(bound.loss)
-  shardings = training_state.shardings(mesh, shapes, optimizer, loss_state)
-  state = jax.tree.map(_placed, jax.eval_shape(
-      lambda p: training_state.init(p, optimizer, loss_state), shapes), shardings)
-  step = training_step.make_train_step(
-      _forward(plan, model), bound.loss, optimizer, schedule=schedule,
-      micro_batches=micro_batches, mesh=mesh, state_sharding=shardings)
-  batch = _place_batch(batch_shapes(bound, rows), mesh)
-  frozen = {'base': placed_params(model, mesh)} if lora.rank else {}
-  return compile_program(lambda: step.lower(state, batch, frozen), mesh)
+  step = made.update()
+  return compile_program(
+      lambda: step.lower(made.targets(), place(batch, mesh), made.frozen_shapes()), mesh)
 
 
-def log_prob_step(plan, model, mesh, rows):
-  """Compiles the program of old and reference log-probs; `rows` is a whole rollout."""
-  step = training_step.make_log_prob_step(_forward(plan, model, role='reference'), mesh=mesh)
-  batch = _place_batch(batch_shapes(None, rows), mesh)
-  return compile_program(lambda: step.lower(placed_params(model, mesh), batch, {}), mesh)
+def forward_pass(made, name, batch, mesh):
+  """Compiles one of a stage's `passes`; arguments as `update`."""
+  role, output = made.passes()[name]
+  step = made.pass_step(role, output)
+  return compile_program(
+      lambda: step.lower(made.shapes(role), place(batch, mesh), made.frozen_shapes()), mesh)
 
 
 def rollout(model, options, mesh, rows):
@@ -120,25 +104,6 @@ def rollout(model, options, mesh, rows):
   return dataclasses.replace(shapes, programs=compiled.programs)
 
 
-def batch_shapes(bound, rows):
-  """A train step's batch as shapes; with `bound` None that of a log-prob step."""
-  struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, np.dtype(dtype))
-  shape = (rows.completions, rows.completion_tokens)
-  inputs = {}
-  if bound is not None and bound.row.door == 'prompts':
-    inputs['rollout_log_probs'] = struct(shape, 'float32')
-    if bound.estimator:
-      inputs['advantages'] = struct(shape[:1], 'float32')
-    if bound.needs_reference:
-      inputs['reference_log_probs'] = struct(shape, 'float32')
-    if bound.needs_old_log_probs:
-      inputs['old_log_probs'] = struct(shape, 'float32')
-  return types.TokenBatch(
-      prompt_tokens=struct((rows.prompts, rows.prompt_tokens), 'int32'),
-      prompt_lengths=struct((rows.prompts,), 'int32'), tokens=struct(shape, 'int32'),
-      loss_mask=struct(shape, 'bool'), on_policy=struct((), 'bool'), inputs=inputs)
-
-
 def bytes_per_device(tree):
   """Bytes of a tree of placed shapes or arrays on one device."""
   return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64))
@@ -151,9 +116,10 @@ def placed_params(model, mesh):
   return jax.tree.map(_placed, shapes, sharding.tree_sharding(mesh, shapes))
 
 
-def params_bytes(model, mesh):
-  """Bytes of the parameters on one device."""
-  return bytes_per_device(placed_params(model, mesh))
+def place(batch, mesh):
+  """A batch of shapes, placed as training_step.place does arrays."""
+  return jax.tree.map(
+      lambda s: _placed(s, sharding.batch(mesh) if s.ndim else sharding.replicated(mesh)), batch)
 
 
 class _DrySampler(sampler.Sampler):
@@ -192,9 +158,8 @@ class _DrySampler(sampler.Sampler):
 
 def _dry_sampler(model, options, mesh, rows, *, compiles):
   dry = _DrySampler(model, options, mesh, None, True, compiles=compiles)
-  shapes = hub.param_shapes(model)
-  params = jax.tree.map(_placed, shapes, sharding.tree_sharding(mesh, shapes))
   p, s, g, *_ = rows
+  params = placed_params(model, mesh)
   dry(params, types.Prompts(
       tokens=np.zeros((p, s), np.int32), lengths=np.full(p, s, np.int32),
       ids=np.arange(p, dtype=np.int32), sample_ids=np.zeros((p, g), np.int32)), jax.random.key(0))
@@ -210,11 +175,6 @@ def _on_cpu(mesh):
   return mesh.devices.flat[0].platform == 'cpu'
 
 
-def _forward(plan, model, role='policy'):
-  policy = assembly.Policy(model, None, (), None)
-  return assembly.make_forward(plan, {'policy': policy}, role=role)
-
-
 def _placed(shape, place):
   return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
 
@@ -223,8 +183,3 @@ def _placed_as(tree, places):
   """`tree` of shapes laid out by `places`, a prefix of it."""
   return jax.tree.map(lambda place, part: jax.tree.map(functools.partial(_placed, place=place),
                                                        part), places, tree)
-
-
-def _place_batch(batch, mesh):
-  return jax.tree.map(
-      lambda s: _placed(s, sharding.batch(mesh) if s.ndim else sharding.replicated(mesh)), batch)

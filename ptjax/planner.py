@@ -11,14 +11,13 @@ import math
 import os
 import re
 import time
-import types
 
 import jax
 import jax.numpy as jnp
 
 from ptjax import assembly
 from ptjax import config as settings
-from ptjax import doors
+from ptjax import dry_batch
 from ptjax import dry_run
 from ptjax import sharding
 from ptjax import stages
@@ -53,6 +52,7 @@ class Rates:
 _REMEDIES = {
     'update': 'raise training.micro_batches or set model_settings.remat=full',
     'log-probs': 'lower rollout.num_prompts or rollout.group_size',
+    'values': 'lower rollout.num_prompts or rollout.group_size',
     'rollout': 'lower rollout.num_prompts, rollout.group_size or rollout.max_completion_tokens',
 }
 
@@ -145,39 +145,23 @@ def estimate(config, mesh):
     UserError: see `plan`.
   """
   plans = stages.stage_plans(config)
-  model = model_shape(config)
+  policies = assembly.load_policies(config, plans, load=load_policy)
+  model = policies['policy'].config
   assembly.check(plans, model, mesh)
-  return model, [_stage(plan, model, mesh, rows)
-                 for plan, rows in zip(plans, [longest_rows(plan) for plan in plans])]
+  return model, [_stage(plan, policies, mesh) for plan in plans]
 
 
-def model_shape(config):
-  """Returns the TransformerConfig of a run, from a preset, a known hub name or the files."""
-  dtypes = {'dtype': config.model_settings.dtype, 'param_dtype': config.model_settings.param_dtype}
-  if config.model in presets.names():
-    return assembly.load_policy(config).config
-  if config.model in KNOWN_SHAPES and not os.path.exists(config.model):
-    return presets.get(KNOWN_SHAPES[config.model], **dtypes)
-  return hub.load_config(config.model, **dtypes)
-
-
-def longest_rows(plan):
-  """Returns the padded sizes of the largest batch: the data's, or for hub names the limits.
-
-  Raises:
-    UserError: what is wrong with a local data set.
-  """
-  config = plan.config
-  if plan.online:
-    prompts, group = config.rollout.num_prompts, config.rollout.group_size
+def load_policy(config, *, num_labels=0):
+  """A model without its weights: as a run finds it or, of a hub name, its shape alone."""
+  if config.model in presets.names() or os.path.isdir(config.model):
+    return assembly.load_policy(config, num_labels=num_labels)
+  dtypes = {'dtype': config.model_settings.dtype, 'param_dtype': config.model_settings.param_dtype,
+            'num_labels': num_labels}
+  if config.model in KNOWN_SHAPES:
+    model = presets.get(KNOWN_SHAPES[config.model], **dtypes)
   else:
-    prompts = config.training.batch_size
-    group = training_step.completions_per_prompt(plan.bind().loss)
-  width, completion = config.data.max_prompt_tokens, config.rollout.max_completion_tokens
-  if _is_local(config):
-    width, longest = doors.longest(plan, assembly.load_policy(config))
-    completion = longest or completion
-  return costs.Rows(prompts, width, group, completion)
+    model = hub.load_config(config.model, **dtypes)
+  return assembly.Policy(model, None, (), None)
 
 
 def _is_local(config):
@@ -189,40 +173,73 @@ def _is_local(config):
   return known and not on_hub
 
 
-def _stage(plan, model, mesh, rows):
+def _stage(plan, policies, mesh):
   """Compiles a stage's programs and puts its numbers together."""
-  config, bound, online, updates = plan.config, plan.bind(), plan.online, plan.updates_per_rollout
-  remat, micro_batches = config.model_settings.remat, config.training.micro_batches
-  batch = rows._replace(prompts=rows.prompts // config.training.mini_batches) if online else rows
+  updates = plan.updates_per_rollout
+  compiled = {role: dataclasses.replace(policy, config=dry_run.compiled_dtype(policy.config, mesh))
+              for role, policy in policies.items()}
+  made, widest = dry_batch.make(plan, compiled, mesh, local=_is_local(plan.config))
+  held = _resident(made, widest, mesh)
   programs, phases, work = {}, {}, []
-  if online:  # first, for it finds lengths that the model has no positions for
-    # Without its tokenizer a model's stop ids are not known; they cost a comparison each.
-    options = assembly.sampling_options(config, types.SimpleNamespace(stop_ids=()))
+  for number, (name, rows) in enumerate(widest.draws):
+    # First, for it finds lengths that the model has no positions for.
+    role, options = made.drawn_by()[name]
+    model = policies['teacher' if role == 'teacher' else 'policy'].config
+    phase = 'rollout' if name == 'policy' else f'rollout, {name}'
     rollout = dry_run.rollout(model, options, mesh, rows)
-    programs.update(rollout.programs)
-    phases['rollout'] = _rollout_memory(rollout)
-    work += _rollout_work(model, mesh, rows, rollout, updates)
-  compiled = dry_run.compiled_dtype(model, mesh)
-  passes = [name for name, needed in (
-      ('old log-probs', bound.needs_old_log_probs and not config.rollout.reuse_log_probs),
-      ('reference log-probs', bound.needs_reference)) if needed and online]
-  if passes:
-    scoring = programs['log-probs'] = dry_run.log_prob_step(plan, compiled, mesh, rows)
-    phases['log-probs'] = {'activations': scoring.temporaries + scoring.outputs}
-    work += [Work(name, costs.log_prob_flops(model, rows) / updates, 0,
-                  sum(scoring.received.values()) / updates) for name in passes]
-  update = programs['update'] = dry_run.train_step(
-      plan, compiled, mesh, batch, micro_batches=micro_batches)
-  params = dry_run.params_bytes(model, mesh)
-  resident = {'parameters': params, 'optimizer state, one batch': update.arguments - params}
-  if bound.needs_reference:
-    resident['reference'] = params
-  phases['update'] = {'gradients': min(params, update.temporaries),
-                      'activations': max(update.temporaries - params, 0) + update.outputs}
-  work.append(Work('update', costs.update_flops(model, batch, remat=remat, adapters=_adapters(plan, model),
-                                                micro_batches=micro_batches),
-                   0, sum(update.received.values())))
-  return StageEstimate(plan.stage.name, rows, resident, phases, tuple(work), programs)
+    programs.update({part if not number else f'{part}, {name}': program
+                     for part, program in rollout.programs.items()})
+    phases[phase] = _rollout_memory(rollout)
+    if plan.config.lora.rank and role not in ('reference', 'teacher'):
+      phases[phase]['merged weights'] = held['base']
+    work += _rollout_work(model, mesh, rows, rollout, updates, '' if name == 'policy' else name)
+  for name, batch in widest.passes.items():
+    role, _ = made.passes()[name]
+    model = policies['teacher' if role == 'teacher' else 'policy'].config
+    said = name.replace('_', ' ').replace('log probs', 'log-probs')
+    scoring = programs[said] = dry_run.forward_pass(made, name, batch, mesh)
+    phases[said] = {'activations': scoring.temporaries + scoring.outputs}
+    work.append(Work(said, costs.log_prob_flops(model, dry_batch.rows_of(batch)) / updates, 0,
+                     sum(scoring.received.values()) / updates))
+  update = programs['update'] = dry_run.update(made, widest.batch, mesh)
+  gradients = min(dry_run.bytes_per_device(made.shapes('policy')), update.temporaries)
+  phases['update'] = {'gradients': gradients,
+                      'activations': update.temporaries - gradients + update.outputs}
+  work.append(Work('update', _update_flops(plan, policies, widest), 0,
+                   sum(update.received.values())))
+  return StageEstimate(plan.stage.name, widest.rows, held, phases, tuple(work), programs)
+
+
+def _resident(made, widest, mesh):
+  """Part -> bytes on one device, of what is there throughout the stage."""
+  state = made.targets()
+  critic = state.params.get('critic', {})
+  trained_bytes, critic_bytes = map(dry_run.bytes_per_device, (state.params, critic))
+  frozen = {name: dry_run.bytes_per_device(tree) for name, tree in made.frozen_shapes().items()}
+  held = {'adapters' if 'base' in frozen else 'parameters': trained_bytes - critic_bytes}
+  if critic:
+    held['critic'] = critic_bytes
+  held.update(frozen)
+  if made.keeps_start and 'base' not in frozen:  # under adapters the base is the reference
+    held['reference'] = dry_run.bytes_per_device(made.shapes('reference'))
+  held['optimizer state'] = dry_run.bytes_per_device(state) - trained_bytes
+  held['one batch'] = dry_run.bytes_per_device(dry_run.place(widest.batch, mesh))
+  return held
+
+
+def _update_flops(plan, policies, widest):
+  """FLOPs of an optimizer step, of all that takes part."""
+  model, config = policies['policy'].config, plan.config
+  rows = dry_batch.rows_of(widest.batch)
+  options = {'remat': config.model_settings.remat, 'micro_batches': config.training.micro_batches}
+  flops = costs.update_flops(model, rows, adapters=_adapters(plan, model), **options)
+  outputs = training_step.model_outputs(plan.bind().loss)
+  if 'values' in outputs and config.critic == 'model':
+    flops += costs.update_flops(dataclasses.replace(model, num_labels=1), rows, **options)
+  if 'divergence' in outputs:
+    flops += costs.log_prob_flops(policies['teacher'].config, rows) * (
+        1 + (config.training.micro_batches > 1))
+  return flops
 
 
 def _adapters(plan, model):
@@ -245,8 +262,9 @@ def _rollout_memory(rollout):
           'temporaries': max(extra)}
 
 
-def _rollout_work(model, mesh, rows, rollout, updates):
-  """Prefill and decoding, per optimizer step."""
+def _rollout_work(model, mesh, rows, rollout, updates, who):
+  """Prefill and decoding, per optimizer step; `who` draws, if not the policy as usual."""
+  named = lambda part: f'{part}, {who}' if who else part
   received = lambda name: sum(rollout.programs[name].received.values())
   shards = sharding.batch_size(mesh)
   logits = rows.completions / shards * model.vocab_size / mesh.shape['tensor'] * 4
@@ -261,9 +279,9 @@ def _rollout_work(model, mesh, rows, rollout, updates):
                for window in rollout.windows)
   chunks = len(rollout.windows) * (received('chunk') if rollout.windows else 0)
   return [
-      Work('prefill', costs.prefill_flops(model, rows) / updates, 0,
+      Work(named('prefill'), costs.prefill_flops(model, rows) / updates, 0,
            (received('weights') + received('prefill')) / updates),
-      Work('decode', decode / updates, moved / updates, chunks / updates)]
+      Work(named('decode'), decode / updates, moved / updates, chunks / updates)]
 
 
 def assumed_rates(model, mesh):
@@ -318,8 +336,12 @@ def _heading(config, model, mesh):
 def _stage_lines(stage, mesh, rates):
   rows = stage.rows
   yield ''
-  yield (f'stage {stage.name}: {rows.prompts} prompts x {rows.group_size}, up to '
-         f'{rows.prompt_tokens} + {rows.completion_tokens} tokens')
+  if rows.packed:
+    yield (f'stage {stage.name}: {rows.prompts} packed rows of {rows.prompt_tokens} tokens, up to '
+           f'{rows.completion_tokens} of them targets')
+  else:
+    yield (f'stage {stage.name}: {rows.prompts} prompts x {rows.group_size}, up to '
+           f'{rows.prompt_tokens} + {rows.completion_tokens} tokens')
   yield '  memory per device'
   for part, size in stage.resident.items():
     yield _row(part, size)
@@ -368,4 +390,8 @@ def _notes(model, mesh, rates, stages):
   for stage in stages:
     if rates.memory and stage.peak > 0.92 * rates.memory * GIB:
       yield (f'Stage {stage.name} does not fit into {rates.memory} GiB in its phase '
-             f'{stage.fullest}: {_REMEDIES[stage.fullest]}; or split over more devices (--mesh).')
+             f'{stage.fullest}: {_remedy(stage.fullest)}; or split over more devices (--mesh).')
+
+
+def _remedy(phase):
+  return next(remedy for name, remedy in _REMEDIES.items() if name in phase)

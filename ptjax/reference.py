@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from ptjax import config as settings
+from ptjax import sharding
 from ptjax.data import log_prob_cache
 from ptjax.training import checkpoint
 
@@ -22,6 +23,15 @@ def save_params(folder, params):
   """Keeps the parameters a stage starts from, for a resume."""
   with checkpoint.Checkpointer(folder, keep=1, asynchronous=False) as kept:
     kept.save(0, params, {})
+
+
+def save_round(folder, number, params):
+  """Keeps the policy a round starts from; a resumed run may come to the same round again."""
+  path = pathlib.Path(folder) / f'round_{number}'
+  if jax.process_index() == 0:
+    shutil.rmtree(path, ignore_errors=True)
+  sharding.gather_json(None)  # nobody writes before that
+  save_params(path, params)
 
 
 def drop_rounds(folder, oldest):
@@ -72,6 +82,13 @@ def attach(door, score, key, folders, *, parts, batch_size):
   door.attach('reference_log_probs', values)
 
 
+def attach_zeros(door):
+  """Gives a door's rows log-probs of 0, for a plan, which asks of batches their shapes alone."""
+  door.attach('reference_log_probs', [
+      np.broadcast_to(np.float32(0), len(completion))
+      for group in door.examples.completions for completion in group])
+
+
 def restore(door, key, folder):
   """Gives a door's rows the log-probs that `attach` kept in `folder`.
 
@@ -80,8 +97,9 @@ def restore(door, key, folder):
   """
   values = log_prob_cache.load(folder, key)
   if values is None:
-    raise settings.UserError(f'{folder} is gone, and with it the log-probs of the policy this stage '
-                             'started from; restore it, or start anew in another --out_dir')
+    raise settings.UserError(
+        f'{folder} is gone, and with it the log-probs of the policy this stage started from; '
+        'restore it, or start anew in another --out_dir')
   door.attach('reference_log_probs', values)
 
 

@@ -158,18 +158,6 @@ def test_rows_of_the_wrong_kind(load, dataset, algo, message):
   assert message in str(raised.value) and '--set data.columns.' in str(raised.value)
 
 
-def test_longest_is_what_the_largest_batch_needs(root, load):
-  def longest(name, algo):
-    config = settings.Config(model=str(root / 'model'), dataset=str(root / f'{name}.jsonl'),
-                             algo=algo)
-    plan, = stages.stage_plans(config)
-    return doors.longest(plan, assembly.load_policy(config))
-  data, _ = load('pairs', algo='dpo')
-  whole = data.doors[0].take(range(len(PAIRS)))
-  assert longest('pairs', 'dpo') == (whole.prompt_tokens.shape[1], whole.tokens.shape[1])
-  assert longest('pairs', 'grpo') == (whole.prompt_tokens.shape[1], None)
-
-
 # Rewards.
 
 

@@ -55,7 +55,8 @@ def test_the_config_is_sound(path):
   config = settings.from_file(str(path))
   mesh = planner.planning_mesh(config.mesh or 'fsdp=1')
   plans = stages.stage_plans(config)
-  assembly.check(plans, planner.model_shape(config), mesh)
+  policies = assembly.load_policies(config, plans, load=planner.load_policy)
+  assembly.check(plans, policies['policy'].config, mesh)
   for plan in plans:
     binding.bind(plan.row, plan.hyperparameters)
 

@@ -92,6 +92,13 @@ class OfflineDoor:
     """Returns the batch of a step: a `types.TokenBatch` of NumPy arrays."""
     return self.take(self.order.indices(step))
 
+  def widest(self):
+    """Returns a batch as wide as any: with the longest completion and the longest prompt."""
+    places = self.by_length()[::-1]
+    longest = places[np.argmax(self._prompt_lengths[places])]
+    first = [places[0], *([longest] if self.order.batch_size > 1 else [])]
+    return self.take(np.resize([*first, *places[1:]], self.order.batch_size))
+
   def take(self, indices):
     """Returns the batch of chosen examples, places among the kept ones."""
     indices = np.asarray(indices, np.int64)

@@ -115,6 +115,10 @@ class PackedDoor:
     epoch, place = self._locate(step)
     return self._assemble(self._plan(epoch)[place])
 
+  def widest(self):
+    """Returns the batch of the first epoch that has most targets in a row."""
+    return self._assemble(max(self._plan(0), key=self._most_targets))
+
   def take(self, indices):
     """Returns chosen examples packed into as few rows as hold them."""
     indices = np.asarray(indices, np.int64)
@@ -149,15 +153,18 @@ class PackedDoor:
       rows = [rows[i] for i in self._shuffle(epoch).permutation(len(rows))]
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
+  def _most_targets(self, rows):
+    return max(int(self._num_targets[row].sum()) for row in rows)
+
   def _choose_shapes(self):
-    needs = [[max(int(self._num_targets[row].sum()) for row in rows)] for rows in self._plan(0)]
+    needs = [[self._most_targets(rows)] for rows in self._plan(0)]
     return batching.Shapes(np.array(needs), lambda s: s[..., 0], most=4, caps=(self.width,))
 
   # --- from rows to arrays
 
   def _assemble(self, rows):
     examples, b, s = self.examples, len(rows), self.width
-    t, = self.shapes.cover([max(int(self._num_targets[row].sum()) for row in rows)])
+    t, = self.shapes.cover([self._most_targets(rows)])
     tokens = np.full((b, s), self._fill, np.int32)
     segments, positions = np.zeros((b, s), np.int32), np.zeros((b, s), np.int32)
     targets = np.full((b, t), self._fill, np.int32)

@@ -98,6 +98,18 @@ class PromptDoor:
     """Returns the `PromptBatch` of a step."""
     return self.take(self.order.indices(step))
 
+  def widest(self):
+    """Returns a `PromptBatch` as wide as any: with the longest prompt and demonstration."""
+    places = np.argsort([-len(tokens) for tokens in self._tokens], kind='stable')
+    places = np.resize(places, self.order.batch_size)
+    if self._demonstrations is not None and len(places) > 1:
+      places[-1] = np.argmax([len(self._demonstrations[i]) for i in self._row_ids])
+    return self.take(places)
+
+  def spare(self, step, turn):
+    """Returns further places for `take`, num_prompts of them, in an order of each turn's own."""
+    return self._order(f'spare prompts {turn}').indices(step)
+
   def take(self, indices):
     """Returns the `PromptBatch` of chosen prompts.
 

@@ -87,7 +87,7 @@ def attention_flops(config, pairs):
 
 
 def head_flops(config, positions):
-  return 2 * positions * config.width * config.vocab_size
+  return 2 * positions * config.width * (config.num_labels or config.vocab_size)
 
 
 def causal_pairs(length):

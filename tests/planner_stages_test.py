@@ -1,0 +1,167 @@
+"""Every kind of stage planned: by its own files, by filler, and against what its run holds."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import pytest
+
+from ptjax import assembly
+from ptjax import config as settings
+from ptjax import doors
+from ptjax import dry_batch
+from ptjax import dry_run
+from ptjax import planner
+from ptjax import sharding
+from ptjax import stage_run
+from ptjax import stages
+from ptjax.models import costs
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import job_runs
+
+SIZES = dict(width=16, num_layers=2, num_heads=8, num_kv_heads=2, mlp_width=16, max_length=64)
+SETTINGS = {
+    'warm_start.steps': 0, 'training.steps': 1, 'training.batch_size': 8,
+    'rollout.num_prompts': 8, 'rollout.group_size': 2, 'rollout.max_completion_tokens': 8,
+    'data.max_prompt_tokens': 16, 'data.reference_cache': 'none', 'warm_start.batch_size': 8}
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  """A folder with a model, a teacher of another width, and a file of rows for each door."""
+  root = tmp_path_factory.mktemp('plans')
+  job_runs.export_model(root / 'model', **SIZES)
+  job_runs.export_model(root / 'teacher', **{**SIZES, 'width': 32})
+  rows = {'rows': [], 'pairs': [], 'steps': [], 'ranked': []}
+  for i in range(16):
+    prompt, good, bad = f'{i}+{i}=', str(2 * i), '12' * (i % 4) + '+'
+    rows['rows'].append({'prompt': prompt, 'completion': good, 'label': i % 2 == 0})
+    rows['pairs'].append({'prompt': prompt, 'chosen': good, 'rejected': bad, 'margin': 1.0,
+                          'chosen_score': 1.0, 'rejected_score': 0.0})
+    rows['steps'].append({'prompt': prompt, 'completions': [good, bad], 'labels': [True, False]})
+    rows['ranked'].append({'prompt': prompt, 'completions': [good, bad, '='],
+                           'scores': [2.0, 1.0, 0.0]})
+  for name, values in rows.items():
+    (root / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, values)))
+  return root
+
+
+def config_of(root, algo, dataset, *assignments):
+  path = root / f'{dataset}.jsonl'
+  config = settings.Config(
+      algo=algo, model=str(root / 'model'), dataset=str(path) if path.exists() else dataset,
+      reward=('length(target=4)',), teacher=str(root / 'teacher'))
+  for assignment in (*(f'{name}={value}' for name, value in SETTINGS.items()), *assignments):
+    config = settings.override(config, assignment)
+  return config
+
+
+@pytest.fixture(scope='module')
+def mesh(compile_cache):
+  """Two devices; what both a plan and its run compile is compiled once."""
+  before = jax.config.jax_compilation_cache_dir
+  assembly.use_compile_cache(str(compile_cache))
+  yield sharding.make_mesh('fsdp=2', jax.devices()[:2])
+  jax.config.update('jax_compilation_cache_dir', before)
+
+
+def begun(config, mesh, folder):
+  """What the first update of a run is called with, and the StageRun that calls it."""
+  plans = stages.stage_plans(config)
+  policies = assembly.load_policies(config, plans)
+  data = doors.load_data(config, plans, policies['policy'], parts=sharding.batch_size(mesh))
+  made = stage_run.StageRun(plans[0], policies, data, mesh, folder)
+  state = made.begin(None)
+  batch, _, _ = made.source().batch(state.params, 0)
+  return made, (state, batch, made._frozen)
+
+
+# Algorithm, rows, settings; what is there beside what trains, optimizer state and the batch.
+CASES = [
+    ('sft', 'rows', (), ()), ('dpo', 'pairs', ('training.micro_batches=2',), ()),
+    ('reward_bt', 'pairs', (), ()), ('prm', 'steps', (), ()), ('kd', 'rows', (), ('teacher',)),
+    ('dpo', 'pairs', ('lora.rank=2',), ('base',)), ('hpt', 'rows', (), ()),
+    ('ppo', 'rows', ('training.mini_batches=2',), ('critic', 'reference')),
+    ('ppo', 'rows', ('critic=model', 'loss.reward_kl_coefficient=0'), ('critic',)),
+    ('online_dpo', 'rows', ('rollout.group_size=4',), ('reference',))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'algo, rows, assignments, beside', CASES, ids=[' '.join((a, *more)) for a, _, more, _ in CASES])
+def test_the_plan_holds_what_the_run_holds(root, mesh, tmp_path, algo, rows, assignments, beside):
+  config = config_of(root, algo, rows, *assignments)
+  _, (stage,) = planner.estimate(config, mesh)
+  made, arguments = begun(config, mesh, tmp_path)
+  state, batch, frozen = arguments
+  held, count = stage.resident, dry_run.bytes_per_device
+  trained = 'adapters' if 'base' in beside else 'parameters'
+  assert set(held) == {trained, 'optimizer state', 'one batch', *beside}
+  assert held[trained] + held.get('critic', 0) == count(state.params)
+  assert held['optimizer state'] == count(state) - count(state.params)
+  assert held['one batch'] == count(batch)
+  assert held.get('base', 0) + held.get('teacher', 0) == count(frozen)
+  if 'reference' in beside:
+    assert held['reference'] == count(made._start)
+  update = dry_run.compile_program(lambda: made.update().lower(*arguments), mesh)
+  planned = stage.programs['update']
+  for name in ('arguments', 'outputs', 'temporaries', 'received'):
+    assert getattr(planned, name) == getattr(update, name), name
+
+
+# Rows of the table, by what their batches hold; those of filler are as wide as the limits.
+BATCHES = [
+    ('cpt', 'rows', (24, 8), {}), ('tpo', 'pairs', (16, 24), {}),
+    ('kto', 'rows', (16, 16), {'labels': (8,), 'reference_log_probs': (16, 8)}),
+    ('orm', 'rows', (16, 8), {'labels': (8,)}),
+    ('odpo', 'pairs', (16, 16), {'chosen_scores': (8,), 'rejected_scores': (8,),
+                                 'reference_log_probs': (16, 8)}),
+    ('reward_margin', 'pairs', (16, 16), {'margins': (8,)}),
+    ('preference_model', 'pairs', (16, 16), {'labels': (16,)}),
+    ('prm', 'steps', (16, 8), {'step_labels': (8, 8), 'step_mask': (8, 8)}),
+    ('grpo', 'rows', (16, 16), {'advantages': (16,), 'rollout_log_probs': (16, 8)}),
+    ('remax', 'rows', (16, 16), {'advantages': (16, 8), 'rollout_log_probs': (16, 8)}),
+    ('opd', 'rows', (16, 16), {'rollout_log_probs': (16, 8), 'teacher_log_probs': (16, 8)})]
+
+
+@pytest.mark.parametrize('local', [True, False], ids=['its own rows', 'filler'])
+@pytest.mark.parametrize('algo, rows, widths, inputs', BATCHES, ids=[case[0] for case in BATCHES])
+def test_the_widest_batch(root, mesh, algo, rows, widths, inputs, local):
+  config = config_of(root, algo, rows)
+  plan, = stages.stage_plans(config)
+  policies = assembly.load_policies(config, [plan], load=planner.load_policy)
+  _, widest = dry_batch.make(plan, policies, mesh, local=local)
+  found = {name: leaf.shape for name, leaf in widest.batch.inputs.items()}
+  assert found == inputs
+  if local:  # prompts of 4 to 7 tokens
+    assert widest.batch.prompt_tokens.shape[1] in (8, 512)
+  else:
+    assert (widest.batch.prompt_tokens.shape[1], widest.batch.tokens.shape[0]) == widths
+
+
+def test_who_draws_is_who_the_method_asks(root, mesh):
+  def draws(algo):
+    config = config_of(root, algo, 'rows')
+    plan, = stages.stage_plans(config)
+    policies = assembly.load_policies(config, [plan], load=planner.load_policy)
+    return dry_batch.make(plan, policies, mesh, local=True)[1].draws
+  assert draws('grpo') == [('policy', costs.Rows(8, 8, 2, 8))]
+  assert draws('remax') == [
+      ('policy', costs.Rows(8, 8, 2, 8)), ('greedy', costs.Rows(8, 8, 1, 8))]
+  assert [name for name, _ in draws('seqkd')] == ['teacher']
+  assert [name for name, _ in draws('a_star_po')] == ['policy', 'reference']
+
+
+@pytest.mark.slow
+def test_a_chain_is_planned_stage_by_stage(root, mesh):
+  config = config_of(root, 'sft,dpo', 'rows', f'stages.dpo.dataset={root}/pairs.jsonl')
+  model, (sft, dpo) = planner.estimate(config, mesh)
+  assert sft.rows.packed and not dpo.rows.packed and dpo.rows.group_size == 2
+  assert set(sft.programs) == set(dpo.programs) == {'update'}
+  lines = [*planner._stage_lines(sft, mesh, planner.assumed_rates(model, mesh)),
+           *planner._stage_lines(dpo, mesh, planner.assumed_rates(model, mesh))]
+  text = '\n'.join(lines)
+  assert 'stage sft: 2 packed rows of 512 tokens, up to ' in text
+  assert 'stage dpo: 8 prompts x 2, up to 8 + 8 tokens' in text

@@ -64,7 +64,9 @@ def join(base, adapters, scale):
   """
   joined = {**base}
   for name, value in adapters.items():
-    joined[name] = join(base[name], value, scale) if isinstance(value, dict) else value
+    # A critic, trained whole beside the adapters, is no part of the base.
+    adapts = isinstance(value, dict) and name in base
+    joined[name] = join(base[name], value, scale) if adapts else value
   if 'lora_a' in adapters:
     joined['lora_scale'] = np.full(adapters['lora_a'].shape[:-2], scale, np.float32)
   return joined
@@ -79,7 +81,7 @@ def merge(base, adapters, scale):
   merged = {**base}
   for name, value in adapters.items():
     if isinstance(value, dict):
-      merged[name] = merge(base[name], value, scale)
+      merged[name] = merge(base[name], value, scale) if name in base else value
     elif name in base:
       merged[name] = value.astype(base[name].dtype)
   if 'lora_a' in adapters:

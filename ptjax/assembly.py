@@ -185,6 +185,12 @@ def check(plans, model, mesh):
       raise settings.UserError(f'--algo={plan.row.name}: needs a teacher; name one with '
                                '--teacher=DIR')
     stages.check_inputs(plan)
+    values = {**plan.row.hyperparameters(), **plan.hyperparameters}
+    if plan.row.follow is not None and config.lora.rank and values.get('reference_mixup', 1) != 1:
+      raise settings.UserError(
+          f'--algo={plan.row.name}: its reference is an average of weights, which no average of '
+          'adapters gives; set loss.reference_mixup=1 (the reference is then replaced) or '
+          'lora.rank=0')
     if config.lora.rank:
       peft.check(model, config.lora)
     if plan.online:

@@ -53,7 +53,7 @@ class StageRun:
         self._config.optimizer, plan.stage.steps, self._shapes)
     self._loss_state = training_step.initial_loss_state(self.bound.loss)
     self._shardings = training_state.shardings(
-        mesh, self._shapes, self._optimizer, self._loss_state)
+        mesh, self._shapes, self._optimizer, self._loss_state, follows=self._follows)
     self._frozen = {}
     self._start = None  # the model as the stage found it, where something still reads it
     merge = functools.partial(trained.whole, self._config.lora)
@@ -73,40 +73,40 @@ class StageRun:
     if role == 'teacher':
       found = hub.param_shapes(self._policies[role].config)
       return _with_shardings(found, self._place(found))
-    return self._model_shapes
+    return self._whole_shapes
 
   def frozen_shapes(self):
     """Shapes and shardings of the trees that take part in a step without training."""
-    found = {'base': self._model_shapes} if self._config.lora.rank else {}
+    found = {'base': self._whole_shapes} if self._config.lora.rank else {}
     return {**found, **{role: self.shapes(role) for role in self._frozen_roles}}
 
   def begin(self, params):
     """Returns the state before the first step, from the model's parameters (or None: load them)."""
     if params is None:
       params = self._policy.load(self._place)
-    model = params  # what stays frozen has no critic
     if self._has_critic:
       params = {**params, 'critic': jax.jit(
           self._init_critic, out_shardings=self._place(self._whole_shapes['critic']))(params)}
     if self.keeps_start:
-      reference.save_params(self._folder / 'params', model)
+      reference.save_params(self._folder / 'params', params)
     self._load_frozen()
-    self._attach_reference(model)
+    self._attach_reference(params)
     lora = self._config.lora
     key = keys.stream(self._config.seed, 'lora', self.plan.stage.index)
     if lora.rank:
-      self._start = self._frozen['base'] = model
+      self._start = params
+      self._frozen['base'] = params
       params = jax.jit(lambda p, k: trained.start(lora, p, k)[0],
                        out_shardings=self._shardings.params)(params, key)
     elif self.keeps_start:
-      self._start = jax.tree.map(jnp.copy, model)
+      self._start = jax.tree.map(jnp.copy, params)
     self._teach_self()
     return jax.jit(self._init, out_shardings=self._shardings, donate_argnums=0)(params)
 
   def resume(self, step):
     """Gets everything but the state, which comes from a checkpoint, as it was after `step` steps."""
     if self.keeps_start:
-      self._start = reference.load_params(self._folder / 'params', self._model_shapes)
+      self._start = reference.load_params(self._folder / 'params', self._whole_shapes)
       if self._config.lora.rank:
         self._frozen['base'] = self._start
       rollouts = -(-int(step) // self.plan.updates_per_rollout)  # begun by then
@@ -141,7 +141,12 @@ class StageRun:
     return {**jax.tree.map(jnp.copy, body), 'score': head}
 
   def _init(self, params):
-    return training_state.init(params, self._optimizer, self._loss_state)
+    return training_state.init(params, self._optimizer, self._loss_state, follows=self._follows)
+
+  @property
+  def _follows(self):
+    """Whether the reference moves, and so lies in the state."""
+    return self.bound.follow is not None
 
   def _place(self, shapes):
     return sharding.tree_sharding(self._mesh, shapes)
@@ -182,7 +187,7 @@ class StageRun:
     if not index or number == self._round(index - 1):
       return
     self._start = jax.tree.map(jnp.copy, self.whole(params))
-    reference.save_params(self._folder / f'round_{number}', self._start)
+    reference.save_round(self._folder, number, self._start)
     checkpoints = self._config.checkpoint
     oldest = self._round(max(0, index - -(-(checkpoints.keep + 1) * checkpoints.every_steps //
                                            self.plan.updates_per_rollout)))
@@ -211,12 +216,17 @@ class StageRun:
     """Returns the compiled `(state, batch, frozen) -> (state, metrics)`."""
     return training_step.make_train_step(
         self._forward, self.bound.loss, self._optimizer, schedule=self._schedule,
-        seed=self._config.seed, mesh=self._mesh, state_sharding=self._shardings,
-        micro_batches=self._config.training.micro_batches)
+        seed=self._config.seed, follow=self.bound.follow, mesh=self._mesh,
+        state_sharding=self._shardings, micro_batches=self._config.training.micro_batches)
 
   def source(self):
     """Returns where the stage's batches come from."""
     config, door = self._config, self._data.doors[self.plan.stage.index]
+    if self.bound.own_turn is not None:
+      draw = self._sampler('policy', dataclasses.replace(
+          assembly.sampling_options(config, self._policy), group_size=1))
+      return offline.MixedSource(door, draw, self.bound.own_turn, seed=config.seed,
+                                 mesh=self._mesh)
     if not self.plan.online:
       return offline.OfflineSource(door, mesh=self._mesh)
     samplers = {name: self._sampler(*who) for name, who in self.drawn_by().items()}
@@ -246,6 +256,9 @@ class StageRun:
       found['greedy'] = 'policy', dataclasses.replace(options, temperature=0.0, group_size=1)
     if 'optimal_values' in self._arguments or 'reference' in self._recipe.samplers:
       found['reference'] = 'reference', options
+    if 'mixture' in self._recipe.samplers:
+      share = self._config.rollout.reference_share
+      found['mixture'] = 'mixture', dataclasses.replace(options, mixture=(1.0 - share, share))
     if 'teacher' in self._recipe.samplers:
       found['teacher'] = 'teacher', options
     return found
@@ -256,9 +269,6 @@ class StageRun:
     if self.bound.needs_old_log_probs and not self._config.rollout.reuse_log_probs:
       found['old_log_probs'] = 'policy', 'log_probs'
     if 'old_values' in self._arguments:
-    if 'mixture' in self._recipe.samplers:
-      share = self._config.rollout.reference_share
-      found['mixture'] = 'mixture', dataclasses.replace(options, mixture=(1.0 - share, share))
       found['old_values'] = 'policy', 'values'
     if self.bound.needs_reference:
       found['reference_log_probs'] = 'reference', 'log_probs'
@@ -288,6 +298,8 @@ class StageRun:
                                 decode_text=self._policy.tokenizer.decode)
     if role == 'policy':
       return lambda params, prompts, key: draw(self.whole(params), prompts, key)
+    if role == 'mixture':
+      return lambda params, prompts, key: draw([self.whole(params), self._start], prompts, key)
     return lambda params, prompts, key: draw(self._frozen_model(role), prompts, key)
 
   def _pass(self, role, output):
@@ -298,8 +310,6 @@ class StageRun:
 
   def _frozen_model(self, role):
     return self._start if role == 'reference' else self._frozen[role]
-    if role == 'mixture':
-      return lambda params, prompts, key: draw([self.whole(params), self._start], prompts, key)
 
   def evaluation(self):
     """Returns `evaluate(params) -> metrics` of the stage's loss on held-out rows, or None."""
@@ -321,8 +331,13 @@ class StageRun:
 
   @property
   def reads_reference(self):
-    """Whether the stage's rows come with log-probs of the model as the stage found it."""
-    return not self.plan.online and self.bound.needs_reference
+    """Whether the stage's rows come with log-probs of the model as the stage found it.
+
+    Where the reference follows the policy only held-out rows do: their yardstick stays.
+    """
+    held_out = self._data.held_out.get(self.plan.stage.index)
+    return (not self.plan.online and self.bound.needs_reference
+            and (held_out is not None or not self._follows))
 
   def _attach_reference(self, params):
     """Gives offline rows their reference log-probs: computed from `params`, or read if None."""
@@ -332,7 +347,7 @@ class StageRun:
     index = self.plan.stage.index
     if params is not None:
       weights = log_prob_cache.digest_params(params)
-    for name, door in (('rows', self._data.doors.get(index)),
+    for name, door in (('rows', None if self._follows else self._data.doors.get(index)),
                        ('held_out', self._data.held_out.get(index))):
       if door is None:
         continue

@@ -68,7 +68,7 @@ class StagePlan:
     """
     if self.row.door == 'text':
       return True
-    if self.row.family == 'custom':
+    if self.row.family == 'custom' or self.row.own_turn is not None:  # sampling needs the prompts
       return False
     names = set(inspect.signature(self.row.loss).parameters)
     per_token = {'log_probs', 'loss_mask', 'divergence', *self.row.hyperparameters()}

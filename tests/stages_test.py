@@ -136,7 +136,8 @@ def test_updates_and_temperature_are_those_of_rollouts():
 
 
 @pytest.mark.parametrize('algo, packs', [
-    ('sft', True), ('dft', True), ('gkd', True), ('cpt', True),  # means over tokens
+    ('sft', True), ('dft', True), ('kd', True), ('cpt', True),  # means over tokens
+    ('gkd', False),  # samples now and then, which needs its prompts
     ('dpo', False), ('kto', False), ('prm', False), ('grpo', False)])
 def test_only_means_over_tokens_are_packed(algo, packs):
   assert plan_of(algo=algo).packs == packs

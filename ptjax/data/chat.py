@@ -138,6 +138,33 @@ def groups(tokenizer, questions, answers, *, end_ids, where):
   return texts, prompt_ids, [tuple(group) for group in completions]
 
 
+def steps(tokenizer, questions, prefixes, answers, *, where):
+  """Encodes prompts, the beginning of an answer, and the next steps that may follow it.
+
+  Args:
+    tokenizer: a Hugging Face tokenizer.
+    questions: P texts or message lists.
+    prefixes: P texts, what the answer has said so far; the prompt goes on to its end.
+    answers: P tuples of G texts. A step is no whole answer, so no end token stands behind it.
+    where: as in `prompts`.
+  Returns:
+    P prompt id lists and P tuples of G completion id lists.
+  """
+  texts, _ = prompts(tokenizer, questions, where=where)
+  heads = [text + prefix for text, prefix in zip(texts, prefixes)]
+  is_text = [isinstance(question, str) for question in questions]
+  prompt_ids = encode(tokenizer, heads, is_text)
+  wholes = iter(encode(
+      tokenizer, [head + answer for head, group in zip(heads, answers) for answer in group],
+      [kind for kind, group in zip(is_text, answers) for _ in group]))
+  completions = []
+  for ids, group in zip(prompt_ids, answers):
+    completions.append(tuple(
+        whole[len(ids):] if whole[:len(ids)] == ids else continuation_ids(tokenizer, answer)
+        for answer, whole in zip(group, wholes)))
+  return prompt_ids, completions
+
+
 def shared(tokenizer, groups_of_texts, *, end_ids):
   """Encodes texts that begin alike, and splits each group behind the tokens all have in common.
 

@@ -54,7 +54,8 @@ def recognise(columns):
   with `answer_matching_behavior` as `chosen` and `answer_not_matching_behavior` as `rejected`.
   Ranked answers: `question`, with `response_j` as `chosen` and `response_k` as `rejected`. MATH:
   `problem` becomes `prompt`, the worked `solution` `completion`, and, without an `answer` of its
-  own, `answer` too. Answers to choose from: see `choices`.
+  own, `answer` too. Step-DPO: `initial_reason_steps` beside a pair becomes `prefix`. Answers to
+  choose from: see `choices`.
 
   Args:
     columns: names present.
@@ -65,6 +66,8 @@ def recognise(columns):
   with_choices = choices.recognise(columns)
   if with_choices:
     return with_choices
+  if {'prompt', 'chosen', 'rejected', 'initial_reason_steps'} <= columns:
+    return {'prefix': _cell('initial_reason_steps')}
   if columns & {'prompt', 'messages'}:
     return {}
   if 'problem' in columns and columns & {'solution', 'answer'}:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ptjax import config
 from ptjax.data import chat
 from ptjax.data import examples
 from ptjax.data import formats
@@ -22,7 +23,9 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(),
   alone, two whole texts or dialogues that begin alike. What they share is the prompt: whole
   messages of message lists (never the last); in dialogues written as text, "Human: ... Assistant:",
   all up to the last answer; else whole tokens. A prompt given beside whole message lists is
-  theirs already and is not repeated.
+  theirs already and is not repeated. A column `prefix` beside `prompt` makes the pair one of next
+  steps: it holds what the answer has said so far, up to and with what separates steps; prompt and
+  prefix are then the prompt, and no end token stands behind the steps.
 
   Args:
     rows: `sources.Rows` or a list of dicts.
@@ -49,6 +52,7 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(),
   own = demonstrations and 'demonstration' in rows.columns
   names = ('chosen', 'rejected') + (('demonstration',) if demonstrations else ())
   questions, answers, implicit = [], [], []
+  stepwise = {'prompt', 'prefix'} <= set(rows.columns)
   for i, row in enumerate(rows):
     group = [row['chosen'], row['rejected']]
     if demonstrations:
@@ -56,14 +60,22 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(),
     if not all(group):
       reader.drop(intake.empty('prompt', *names))
       continue
-    split = split_pair(row.get('prompt'), group, reader.row_name(i))
+    if stepwise:
+      split = _step(row, group, reader.row_name(i))
+    else:
+      split = split_pair(row.get('prompt'), group, reader.row_name(i))
     if isinstance(split, str):
       reader.drop(split)
-    elif reader.keep(i, *split[1], parts=('prompt', *names)):
+    elif reader.keep(i, *(split[:1] if stepwise else ()), *split[1], parts=('prompt', *names)):
       questions.append(split[0])
       answers.append(split[1])
       implicit.append(split[0] is None)
-  prompts, completions = _encode(reader, questions, answers, implicit)
+  if stepwise:
+    prefixes = [rows[i]['prefix'] or '' for i in reader.kept]
+    prompts, completions = chat.steps(
+        reader.tokenizer, questions, prefixes, answers, where=reader.where)
+  else:
+    prompts, completions = _encode(reader, questions, answers, implicit)
   for place in reversed(range(len(prompts))):
     if not prompts[place]:
       reader.drop(_NOTHING_SHARED)
@@ -128,6 +140,14 @@ def split_pair(prompt, group, where):
   # A demonstration may be the answer alone.
   lists = [turns[len(shared):] if turns[:len(shared)] == shared else turns for turns in lists]
   return shared, tuple(lists)
+
+
+def _step(row, group, where):
+  """The prompt and the steps of a row of next steps."""
+  for name, cell in (('prefix', row['prefix'] or ''), *(('a step', step) for step in group)):
+    if not isinstance(cell, str):
+      raise config.UserError(f'{where}: {name}: expected text, found {cell!r}')
+  return row['prompt'], tuple(group)
 
 
 def _messages(value, where):

@@ -54,6 +54,17 @@ def gkd_loss(log_probs, *, divergence, loss_mask):
   return loss, {'distillation/divergence': jax.lax.stop_gradient(loss)}
 
 
+def student_turn(key, *, student_fraction=0.5):
+  """Whether a batch of generalized KD is the student's own text: [] bool, drawn by `key`.
+
+  Args:
+    key: PRNG key of the batch.
+    student_fraction: how likely, λ of arXiv:2306.13649; 0 is supervised KD, 1 on-policy.
+  """
+  bounds.fraction(student_fraction=student_fraction)
+  return jax.random.bernoulli(key, student_fraction)
+
+
 def _mean_divergence(divergence, loss_mask):
   return reduction.token_mean(masking.clean(loss_mask, divergence=divergence), loss_mask)
 
@@ -139,16 +150,22 @@ def sdft_loss(log_probs, *, divergence, old_log_probs, loss_mask, max_ratio=2.0)
       reduction.token_mean(per_token, loss_mask))}
 
 
-def sdpo_loss(log_probs, *, divergence, old_log_probs, advantages, loss_mask,
+def sdpo_loss(log_probs, *, divergence, old_log_probs, advantages, loss_mask, shown=None,
               distillation_weight=1.0, max_ratio=2.0, clip_low=0.2, clip_high=0.2):
   """Self-distillation policy optimization: (1 - w) · GRPO + w · self-distillation.
 
-  The teacher is the policy shown feedback or a successful rollout. Source: arXiv:2601.20802; TRL's
-  experimental SDPOTrainer.
+  The teacher is the policy shown feedback or a successful rollout.
+
+  Args:
+    shown: [B] bool; the rows for which it was shown something, None for all. Others are not
+      distilled, and count as 0 in the mean.
+    The others: see the module, `policy_gradient` and `sdft_loss`.
+  Source: arXiv:2601.20802; TRL's experimental SDPOTrainer.
   """
   bounds.fraction(distillation_weight=distillation_weight)
+  learns = loss_mask if shown is None else loss_mask & shown[:, None]
   distilled, metrics = sdft_loss(
-      log_probs, divergence=divergence, old_log_probs=old_log_probs, loss_mask=loss_mask,
+      log_probs, divergence=divergence, old_log_probs=old_log_probs, loss_mask=learns,
       max_ratio=max_ratio)
   policy, policy_metrics = policy_gradient.grpo_loss(
       log_probs, old_log_probs=old_log_probs, advantages=advantages, loss_mask=loss_mask,

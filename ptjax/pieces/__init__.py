@@ -4,6 +4,7 @@ from ptjax.pieces import advantage
 from ptjax.pieces import bounds
 from ptjax.pieces import denominator
 from ptjax.pieces import divergence
+from ptjax.pieces import following
 from ptjax.pieces import likelihood
 from ptjax.pieces import link
 from ptjax.pieces import masking

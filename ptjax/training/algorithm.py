@@ -17,6 +17,8 @@ class Bound:
     loss: the loss, hyperparameters bound.
     estimator: the advantage estimator, bound, or None.
     divergence: what the head computes for a loss that takes `divergence`, bound, or None.
+    follow: how the reference moves, bound, or None where it stands still.
+    own_turn: which batches of an offline row the policy draws itself, bound, or None.
     needs_reference: whether the frozen reference's log-probs are inputs.
     needs_old_log_probs: whether old log-probs are needed before the first update of a rollout.
   """
@@ -24,12 +26,14 @@ class Bound:
   loss: Callable
   estimator: Callable | None
   divergence: Callable | None
+  follow: Callable | None
+  own_turn: Callable | None
   needs_reference: bool
   needs_old_log_probs: bool
 
 
 def bind(row, hyperparameters, *, updates_per_rollout=1):
-  """Binds `hyperparameters` to a row's loss, advantage estimator and divergence.
+  """Binds `hyperparameters` to the functions of a row.
 
   Args:
     row: algorithms.Algorithm.
@@ -53,10 +57,11 @@ def bind(row, hyperparameters, *, updates_per_rollout=1):
   by_loss = 'old_log_probs' in inspect.signature(row.loss).parameters and updates_per_rollout > 1
   by_estimator = (estimator is not None and 'reference' in models
                   and 'old_log_probs' in inspect.signature(estimator).parameters)
-  divergence = _partial(row.divergence, values) if row.divergence is not None else None
+  other = {name: None if function is None else _partial(function, values) for name, function in (
+      ('divergence', row.divergence), ('follow', row.follow), ('own_turn', row.own_turn))}
   return Bound(row=row, loss=_partial(row.loss, values), estimator=estimator,
-               divergence=divergence, needs_reference='reference' in models,
-               needs_old_log_probs=by_loss or by_estimator)
+               needs_reference='reference' in models,
+               needs_old_log_probs=by_loss or by_estimator, **other)
 
 
 def _partial(function, values):

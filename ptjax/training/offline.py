@@ -39,3 +39,37 @@ class OfflineSource:
 
   def restore(self, arrays, metrics):
     del arrays, metrics
+
+
+class MixedSource(OfflineSource):
+  """Batches of the data set of which some are the policy's own completions of its prompts.
+
+  Args:
+    door: data.offline.OfflineDoor.
+    draw: `(params, prompts, key) -> Rollouts`, one completion per prompt.
+    own_turn: `key -> [] bool`, whether a batch is the policy's own.
+    seed: the run's seed.
+    mesh: where batches are placed, or None.
+  """
+  waits_for_params = True  # sampling needs the newest
+
+  def __init__(self, door, draw, own_turn, *, seed, mesh=None):
+    super().__init__(door, mesh=mesh)
+    self._draw, self._own_turn, self._seed = draw, own_turn, seed
+
+  def batch(self, params, step, loss_state=None):
+    """Returns what `OfflineSource.batch` does; a pure function of the parameters, seed and step."""
+    if not self._own_turn(keys.stream(self._seed, 'own_turn', step)):
+      batch, metrics, samples = super().batch(params, step, loss_state)
+      return batch, {**metrics, 'distillation/own_samples': 0.0}, samples
+    started = time.perf_counter()
+    shown = self._door.batch(step)
+    count = len(shown.prompt_lengths)
+    prompts = types.Prompts(
+        tokens=shown.prompt_tokens, lengths=shown.prompt_lengths,
+        ids=np.asarray(self._door.rows(step), np.int32), sample_ids=np.zeros((count, 1), np.int32))
+    drawn = sharding.fetch(self._draw(params, prompts, keys.stream(self._seed, 'rollout', step)))
+    batch = shown.replace(tokens=drawn.tokens, loss_mask=drawn.loss_mask, inputs={})
+    metrics = {'epoch': self._door.epoch(step), 'train_tokens': int(drawn.loss_mask.sum()),
+               'distillation/own_samples': 1.0, 'timing_s/rollout': time.perf_counter() - started}
+    return training_step.place(batch, self._mesh), metrics, None

@@ -17,17 +17,19 @@ class TrainState:
   opt_state: Any  # optax state
   loss_state: Any  # running statistics of the loss, {} for most
   bad_steps: Any  # [] int32; updates skipped in a row because something was not finite
+  reference: Any  # parameters of a reference that follows the policy, {} where none does
 
 
-def init(params, optimizer, loss_state=None):
-  """Returns the state before the first step."""
+def init(params, optimizer, loss_state=None, *, follows=False):
+  """Returns the state before the first step; `follows` says whether a reference does."""
   return TrainState(
       step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
       loss_state={} if loss_state is None else loss_state,
-      bad_steps=jnp.zeros((), jnp.int32))
+      bad_steps=jnp.zeros((), jnp.int32),
+      reference=jax.tree.map(jnp.copy, params) if follows else {})
 
 
-def shardings(mesh, params, optimizer, loss_state=None):
+def shardings(mesh, params, optimizer, loss_state=None, *, follows=False):
   """The sharding of every leaf of the state, from the one table."""
-  shapes = jax.eval_shape(lambda p: init(p, optimizer, loss_state), params)
+  shapes = jax.eval_shape(lambda p: init(p, optimizer, loss_state, follows=follows), params)
   return sharding.tree_sharding(mesh, shapes)

@@ -138,7 +138,7 @@ def call(loss, outputs, batch, *, loss_state=None, key=None):
 
 
 def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1, seed=0,
-                    mesh=None, state_sharding=None):
+                    follow=None, mesh=None, state_sharding=None):
   """Returns a compiled `(state, batch, frozen={}) -> (state, metrics)`; `state` is donated.
 
   Args:
@@ -150,6 +150,8 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
     micro_batches: into how many parts the batch is split along prompts; the gradient does not
       depend on it.
     seed: of the keys of losses that draw.
+    follow: `follow(reference, params, step) -> reference` where `state.reference` moves; its
+      log-probs are then computed anew in each step.
     mesh, state_sharding: where the state lies; batches are split over data and fsdp. Both None
       runs on the default device.
   Returns:
@@ -165,13 +167,13 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
         loss, {**outputs, **attached_values}, batch, loss_state=loss_state, key=key)
     return value, (metrics, loss_state)
 
-  def gradients(params, frozen, batch, loss_state, key):
-    if micro_batches == 1:
   def in_parts(params, frozen, batch):
     _, outputs = jax.lax.scan(lambda _, part: (None, forward(params, frozen, part)), None,
                               split(batch, micro_batches))
     return jax.tree.map(lambda x: join(x, batch), outputs)
 
+  def gradients(params, frozen, batch, loss_state, key):
+    if micro_batches == 1:
       def objective(params):
         outputs = forward(params, frozen, batch)
         value, aux = whole_loss({}, outputs, batch, loss_state, key)
@@ -197,6 +199,9 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
 
   def train_step(state, batch, frozen):
     key = keys.stream(seed, 'loss', state.step) if draws else None
+    if follow is not None:
+      seen = in_parts(state.reference, frozen, batch)['log_probs']
+      batch = batch.replace(inputs={**batch.inputs, 'reference_log_probs': seen})
     value, metrics, loss_state, outputs, grads = gradients(
         state.params, frozen, batch, state.loss_state, key)
     grad_norm = optax.tree.norm(grads)
@@ -210,6 +215,9 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         loss_state=jax.tree.map(keep, loss_state, state.loss_state),
         bad_steps=jnp.where(finite, 0, state.bad_steps + 1))
+    if follow is not None:
+      new_state = new_state.replace(
+          reference=follow(state.reference, new_state.params, new_state.step))
     metrics = {**metrics, **batch_metrics(outputs, batch), 'loss': value,
                'grad_norm': grad_norm, 'bad_steps': new_state.bad_steps}
     if schedule is not None:

@@ -3,6 +3,7 @@ import pytest
 
 from ptjax import config
 from ptjax.data import examples as examples_lib
+from ptjax.data import formats
 from ptjax.data import preferences
 from ptjax.data import prompts
 from ptjax.data import sources
@@ -227,3 +228,38 @@ def test_a_judge_sees_both_orders(characters):
   assert read(max_completion_tokens=9).row_ids == [0]
   cut = read(max_completion_tokens=9, overlong='truncate')
   assert cut.row_ids == [0] and cut.intake.dropped['with a pair that would be cut'] == 1
+
+
+def test_a_prefix_makes_pairs_of_next_steps(characters):
+  row = {'prompt': '1+1+1', 'prefix': '1+1=2;', 'chosen': '2+1=3', 'rejected': '2+1=4'}
+  assert _texts(_read([row], characters), characters) == [
+      (characters.bos_token + '1+1+11+1=2;' if characters.bos_token else '1+1+11+1=2;',
+       '2+1=3', '2+1=4')]  # no end token: a step ends no answer
+  theirs = {'prompt': '1+1+1', 'initial_reason_steps': '1+1=2;', 'chosen': '2+1=3',
+            'rejected': '2+1=4', 'full_chosen': '2+1=3', 'full_rejected': '2+1=4'}
+  rows = sources.Rows([theirs], name='steps')
+  rows = rows.with_columns(formats.recognise(rows.columns))
+  assert _read(rows, characters).digest() == _read([row], characters).digest()
+
+
+def test_steps_continue_an_opened_answer(characters, gpt2):
+  row = {'prompt': [USER], 'prefix': 'The sky. ', 'chosen': 'Blue.', 'rejected': 'Red.'}
+  first = {**row, 'prefix': ''}
+  found = _texts(_read([row, first], characters), characters)
+  start = characters.bos_token or ''
+  assert [group[0].removeprefix(start) for group in found] == [
+      '<u>Which colour?<a>The sky. ', '<u>Which colour?<a>']
+  assert [group[1:] for group in found] == [('Blue.', 'Red.')] * 2
+  # Where a token would reach across the seam, the step is encoded on its own.
+  (pair,) = _read([{'prompt': 'x', 'prefix': ' = un', 'chosen': 'der', 'rejected': 'do'}],
+                  gpt2).completions
+  assert [gpt2.decode(ids) for ids in pair] == ['der', 'do']
+
+
+def test_steps_that_cannot_train(characters):
+  good = {'prompt': 'a', 'prefix': 'b', 'chosen': 'c', 'rejected': 'd'}
+  found = _read([good, {**good, 'chosen': 'd'}, {**good, 'rejected': ''}, {**good, 'prompt': ''},
+                 {**good, 'prefix': None}], characters)
+  assert (found.intake.kept, sum(found.intake.dropped.values())) == (2, 3)
+  with pytest.raises(config.UserError, match="a step: expected text, found"):
+    _read([{**good, 'chosen': [BLUE]}], characters)

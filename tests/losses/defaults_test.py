@@ -28,7 +28,7 @@ GOLD = dict(beta=0.01, nll_coefficient=1.0)
 DEFAULTS = {  # rows without an entry have no hyperparameters
     'rft': dict(reward_threshold=0.5),
     'kd': dict(nll_coefficient=0.5, temperature=2.0),
-    'gkd': dict(interpolation=0.5, temperature=1.0),
+    'gkd': dict(interpolation=0.5, temperature=1.0, student_fraction=0.5),
     'iw_opd': dict(gamma=0.5),
     'minillm': dict(CLIP, discount=1.0, temperature=1.0),
     'sdft': dict(interpolation=0.5, top_k=100, max_ratio=2.0),
@@ -53,10 +53,11 @@ DEFAULTS = {  # rows without an entry have no hyperparameters
     'gmpo': dict(log_clip=0.4, epsilon=1e-4), 'a_star_po': dict(beta=1e-3), 'rebel': dict(eta=1.0),
     'nash_md': dict(kl_coefficient=0.1),
 
-    **dict.fromkeys(('dpo', 'online_dpo', 'spin', 'tr_dpo', 'aot', 'aot_unpaired'), DPO),
+    **dict.fromkeys(('dpo', 'online_dpo', 'spin', 'aot', 'aot_unpaired'), DPO),
     **dict.fromkeys(('cdpo', 'robust_dpo', 'robust_dpo_oxrl'), SMOOTH),
     **dict.fromkeys(('hinge', 'ipo', 'ipo_oxrl', 'orpo', 'sampo', 'minor_dpo', 'sppo', 'sppo_soft',
                      'apo_zero', 'apo_down', 'bco_pair', 'apo_zero_unpaired'), BETA),
+    'tr_dpo': {**DPO, 'reference_mixup': 0.6, 'reference_sync_steps': 512},
     'step_dpo': dict(beta=0.5, label_smoothing=0.0),
     'xpo': dict(BETA, optimism=1e-5),
     'exo': dict(beta=0.1, label_smoothing=1e-3),

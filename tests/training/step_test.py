@@ -13,6 +13,7 @@ import pytest
 
 from ptjax import sharding
 from ptjax import types
+from ptjax.pieces import following
 from ptjax.training import state as training_state
 from ptjax.training import step as training_step
 
@@ -208,3 +209,35 @@ def test_ranked_completions_reach_the_loss_prompt_by_prompt():
     assert rewards.shape == ranks.shape == (p, b // p)
     return jnp.abs(rewards - ranks).max(), {}
   assert training_step.call(loss, {'scores': scores}, batch)[0] == 0.0
+
+
+@pytest.mark.parametrize('micro_batches', [1, 4])
+def test_a_reference_that_follows_is_scored_in_the_step(micro_batches):
+  """Held against a reference kept by hand: the last policy but one, every second step."""
+  def loss(log_probs, *, reference_log_probs, loss_mask):
+    gap = jnp.where(loss_mask, log_probs - reference_log_probs, 0.0).sum(-1)
+    return jnp.square(gap - 1.0).mean(), {'gap': gap.mean()}
+
+  optimizer = optax.sgd(0.1)
+  step = training_step.make_train_step(
+      forward, loss, optimizer, micro_batches=micro_batches,
+      follow=functools.partial(following.synchronised, reference_mixup=0.5,
+                               reference_sync_steps=2))
+  fixed = training_step.make_train_step(forward, loss, optimizer)
+  batch = make_batch()
+  state = training_state.init(make_params(), optimizer, follows=True)
+  by_hand, reference = training_state.init(make_params(), optimizer), make_params()
+  gaps = []
+  for number in range(5):
+    state, metrics = step(state, training_step.place(batch, None))
+    seen = np.asarray(forward(reference, {}, batch)['log_probs'])
+    by_hand, wanted = fixed(by_hand, training_step.place(
+        batch.replace(inputs={**batch.inputs, 'reference_log_probs': seen}), None))
+    if number % 2:
+      reference = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * new, reference, by_hand.params)
+    for name in ('loss', 'grad_norm', 'gap'):
+      np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-4, atol=1e-6)
+    gaps.append(float(metrics['gap']))
+  jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5),
+               state.reference, reference)
+  assert gaps[0] == 0.0 and gaps[1] > gaps[2] > 0.0  # the move halves what was won

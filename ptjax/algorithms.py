@@ -9,10 +9,9 @@ modifiers: `grpo+tis+top_entropy`.
 import dataclasses
 import importlib.util
 import inspect
-import json
 import pathlib
-from typing import Callable
 
+from ptjax import algorithm
 from ptjax import config
 from ptjax.losses import distillation
 from ptjax.losses import hybrid
@@ -32,73 +31,15 @@ from ptjax.pieces import divergence
 from ptjax.pieces import following
 from ptjax.pieces import returns
 
-DOORS = ('prompts', 'demonstrations', 'preferences', 'ranked', 'unpaired', 'text', 'stepwise',
-         'prompts+demonstrations')
-ROLES = ('reference', 'critic', 'teacher', 'reward_model', 'judge')
+Algorithm = algorithm.Algorithm
+ROLES = algorithm.ROLES
 
-# Arguments with a default that are arrays of the batch or state all the same, not hyperparameters.
-OPTIONAL_ARRAYS = frozenset((
-    'entropy', 'loss_mask', 'old_log_probs', 'reference_log_probs', 'off_policy', 'loss_state',
-    'corrupted_log_probs', 'corrupted_reference_log_probs', 'outcome_rewards',
-    'desirable_probabilities'))
-
-# Coefficients that, above 0, need the reference model although the row does without.
-_REFERENCE_COEFFICIENTS = ('kl_coefficient', 'reward_kl_coefficient')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Algorithm:
-  """A row of the table."""
-  name: str
-  family: str
-  loss: Callable  # `loss(log_probs, *, arrays, hyperparameters) -> (scalar, metrics)`
-  door: str  # one of DOORS
-  models: tuple[str, ...] = ()  # ROLES needed beside the policy, whatever the hyperparameters
-  advantage: Callable | None = None  # `advantage(rewards, *, arrays, hyperparameters) -> array`
-  # What the head makes of [..., V] logits for a loss that takes `divergence`:
-  # `divergence(logits, teacher_logits, *, hyperparameters) -> [...]`, for any leading shape.
-  divergence: Callable | None = None
-  # How the reference moves: `follow(reference, params, step, *, hyperparameters) -> reference`.
-  follow: Callable | None = None
-  # Which batches of an offline row are the policy's own samples of the data's prompts:
-  # `own_turn(key, *, hyperparameters) -> [] bool`.
-  own_turn: Callable | None = None
-  defaults: dict = dataclasses.field(default_factory=dict)  # where they differ from the loss's own
-  source: str = ''  # arXiv id and short title
-  tested_against: str = ''  # beside the closed form in NumPy, which every row has
-  stages: tuple[str, ...] = ()  # rows that run one after the other in its place
-  recipe: str = 'own samples'  # of training.recipes: who draws the completions, how rows lie
-  data: str = ''  # what is special about its data, or about its frozen models
-
-  def __post_init__(self):
-    if self.door not in DOORS:
-      raise ValueError(f'{self.name}: door={self.door!r}, expected one of {", ".join(DOORS)}')
-    unknown = set(self.models) - set(ROLES)
-    if unknown:
-      raise ValueError(f'{self.name}: models {sorted(unknown)}, expected {", ".join(ROLES)}')
-    if ('divergence' in inspect.signature(self.loss).parameters) != (self.divergence is not None):
-      raise ValueError(f'{self.name}: the row names a divergence where, and only where, the loss '
-                       'takes `divergence`; see ptjax.pieces.divergence')
-
-  def hyperparameters(self):
-    """Returns `{name: default}` of loss, advantage and the row's other functions, as it sets them.
-
-    One that two of them share is one setting; the default is that of the first to name it.
-    """
-    found = {}
-    for function in (self.loss, self.advantage, self.divergence, self.follow, self.own_turn):
-      parameters = inspect.signature(function).parameters if function else {}
-      for name, p in parameters.items():
-        if p.default is not inspect.Parameter.empty and name not in OPTIONAL_ARRAYS:
-          found.setdefault(name, p.default)
-    return {**found, **self.defaults}
-
-  def models_for(self, hyperparameters):
-    """Returns the roles needed under these hyperparameters, `{name: value}`."""
-    values = {**self.hyperparameters(), **hyperparameters}
-    if any(values.get(name) for name in _REFERENCE_COEFFICIENTS):
-      return tuple(role for role in ROLES if role in (*self.models, 'reference'))
-    return self.models
+# How rewards become advantages, by a name that may follow any row with advantages of one rollout:
+# `grpo+batch_normalized`.
+ADVANTAGES = {f.__name__: f for f in (
+    advantage.given, advantage.group_centred, advantage.group_normalized,
+    advantage.batch_normalized, advantage.component_normalized, advantage.leave_one_out,
+    advantage.optimal_length_baseline, advantage.informative_group_scaled, advantage.pass_at_k)}
 
 
 def _online(name, loss, source, tested_against='', *, advantage=advantage.group_normalized,
@@ -309,6 +250,7 @@ _ROWS = (
     _pairs('bco', unpaired.bco_loss, '2404.04656, BCO', door='unpaired'),
     # Demonstrations and rollouts together.
     _hybrid('hpt', hybrid.hpt_loss, _HPT, advantage=hybrid.gate),
+    _hybrid('hpt_soft', hybrid.hpt_loss, _HPT, advantage=hybrid.soft_gate),
     _hybrid('hpt_off', hybrid.hpt_loss, _HPT, advantage=hybrid.gate,
             defaults={'threshold': -1.0, 'off_policy_threshold': 0.0}),
     _hybrid('hpt_mix', hybrid.hpt_loss, _HPT, advantage=hybrid.gate,
@@ -363,14 +305,37 @@ def get(name):
 
 
 def _modified(row, modifier):
-  if modifier not in modifiers.MODIFIERS:
+  known = {*modifiers.MODIFIERS, *ADVANTAGES, 'reward_kl'}
+  if modifier not in known:
     raise config.UserError(
-        f'modifier {modifier!r} is unknown{config.near_names(modifier, modifiers.MODIFIERS)}')
-  if not {'advantages', 'loss_mask'} <= set(inspect.signature(row.loss).parameters):
+        f'modifier {modifier!r} is unknown{config.near_names(modifier, known)}')
+  arguments = inspect.signature(row.loss).parameters
+  if not {'advantages', 'loss_mask'} <= set(arguments):
     raise config.UserError(
         f'algo {row.name!r} takes no advantages, so {modifier!r} has nothing to modify')
-  return dataclasses.replace(
-      row, name=f'{row.name}+{modifier}', loss=modifiers.MODIFIERS[modifier](row.loss))
+  name = f'{row.name}+{modifier}'
+  if modifier in modifiers.MODIFIERS:
+    loss = modifiers.MODIFIERS[modifier](row.loss)
+    carried = inspect.signature(loss).parameters.get('loss_state')
+    if 'loss_state' in arguments and carried.default is not arguments['loss_state'].default:
+      raise config.UserError(f'algo {name!r}: two modifiers that each carry a running statistic do '
+                             'not go together')
+    if modifier == 'adaptive_reward_kl' and 'reward_kl_coefficient' not in row.hyperparameters():
+      raise config.UserError(f'algo {name!r}: no KL in the reward to control; put reward_kl before '
+                             f'it, as in {row.name}+reward_kl+{modifier}')
+    return dataclasses.replace(row, name=name, loss=loss)
+  if row.advantage is None or 'critic' in row.models or row.door != 'prompts':
+    raise config.UserError(f'algo {row.name!r}: its advantages are its own; {modifier!r} would '
+                           'replace them')
+  if modifier in ADVANTAGES:
+    return dataclasses.replace(row, name=name, advantage=ADVANTAGES[modifier])
+  if 'reward_kl_coefficient' in row.hyperparameters():
+    raise config.UserError(f'algo {row.name!r} has the KL in its reward as it is; set '
+                           'loss.reward_kl_coefficient')
+  if 'rewards' not in inspect.signature(row.advantage).parameters:
+    raise config.UserError(f'algo {row.name!r}: its advantages are of each reward by itself, so '
+                           'there is no whole from which the KL could be taken')
+  return dataclasses.replace(row, name=name, advantage=advantage.less_kl(row.advantage))
 
 
 def from_loss(name, loss):
@@ -416,35 +381,3 @@ def _from_file(name):
     raise config.UserError(
         f'algo {name!r}: expected a loss function or an Algorithm, got {type(found).__name__}')
   return from_loss(name, found)
-
-
-def table_json():
-  """Returns the table as JSON, one object per row."""
-  return json.dumps([_as_dict(row) for row in TABLE.values()], indent=2)
-
-
-def _as_dict(row):
-  function_name = lambda f: None if f is None else f'{f.__module__}.{f.__name__}'
-  return {
-      'name': row.name, 'family': row.family, 'door': row.door, 'models': list(row.models),
-      'loss': function_name(row.loss), 'advantage': function_name(row.advantage),
-      'divergence': function_name(row.divergence),
-      'hyperparameters': row.hyperparameters(), 'source': _title(row),
-      'tested_against': row.tested_against, 'data': row.data}
-
-
-def _title(row):
-  return f'arXiv:{row.source}' if row.source[:4].isdigit() else row.source
-
-
-def table_text():
-  """Returns the table for a terminal, aligned columns."""
-  header = ('name', 'family', 'data', 'models', 'source')
-  lines = [header] + [
-      (row.name, row.family, row.door, ', '.join(row.models) or '-', _title(row))
-      for row in TABLE.values()]
-  widths = [max(len(line[i]) for line in lines) for i in range(len(header) - 1)]
-  text = '\n'.join(
-      '  '.join([cell.ljust(width) for cell, width in zip(line, widths)] + [line[-1]])
-      for line in lines)
-  return f'{text}\n\nmodifiers, as in grpo+tis: {", ".join(modifiers.MODIFIERS)}'

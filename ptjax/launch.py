@@ -88,8 +88,8 @@ def main(argv):
       raise settings.UserError(f'unexpected argument {rest[0]!r}; flags start with --')
     values = {f.name: f.value for f in FLAGS.get_flags_for_module(sys.modules[__name__])}
     if values['algo'] == 'list':
-      from ptjax import algorithms
-      print(algorithms.table_json() if values['json'] else algorithms.table_text())
+      from ptjax import algorithm_table
+      print(algorithm_table.as_json() if values['json'] else algorithm_table.as_text())
       return 0
     config = resolve(values)
     from ptjax import assembly

@@ -243,7 +243,7 @@ class StageRun:
         estimator=self.bound.estimator, rollout=config.rollout, seed=config.seed,
         mask_truncated=config.training.mask_truncated, log_probs=log_probs, recipe=self._recipe,
         judge=self._data.judge,
-        takes_rewards='rewards' in inspect.signature(self.bound.loss).parameters,
+        takes=frozenset(inspect.signature(self.bound.loss).parameters),
         num_samples=config.log.samples, extra_rollouts=self.plan.extra_rollouts,
         overlong_tokens=self.plan.overlong_tokens, renew=self._renew if self.keeps_start else None,
         max_teacher_tokens=self._policy.config.max_length - config.rollout.max_completion_tokens)

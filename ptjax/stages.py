@@ -162,14 +162,14 @@ def check_inputs(plan):
   if not plan.online:
     return
   bound = plan.bind()
-  recorded = {'loss_mask', 'rollout_log_probs', 'old_log_probs', 'reference_log_probs'}
+  recorded = {'loss_mask', 'rollout_log_probs', 'old_log_probs', 'reference_log_probs', 'truncated'}
   if plan.row.door != 'prompts':
     recorded.add('demonstration')
   recorded |= set(recipes.RECIPES[plan.row.recipe].gives)
   baselines = {'old_values', 'rewards', 'reward_components', 'group_size', 'greedy_rewards', 'optimal_values',
                'step_rewards', 'outcome_rewards'}
   to_loss = recorded | {'old_values', 'returns', 'loss_state', 'key', 'advantages', 'rewards', 'teacher_log_probs',
-                        'from_rollouts', 'imitated', 'off_policy'}  # the last three are a gate's
+                'from_rollouts', 'imitated', 'off_policy', 'imitation_weights'}  # a gate's, the last four
   for arguments in training_step.MODEL_OUTPUTS.values():
     to_loss |= set(arguments)
   for function, offered in ((bound.loss, to_loss),

@@ -8,6 +8,7 @@ import argparse
 import json
 import pathlib
 
+from ptjax import algorithm_table
 from ptjax import algorithms
 from ptjax.inspect import distinctness
 from ptjax.inspect import picture
@@ -29,7 +30,7 @@ _COLUMNS = ('name', 'loss', 'data', 'models', 'fed by', 'defaults', 'source', 'a
 
 def render():
   """Returns the text of ALGORITHMS.md."""
-  rows = json.loads(algorithms.table_json())
+  rows = json.loads(algorithm_table.as_json())
   parts = [_HEAD]
   for family in dict.fromkeys(row['family'] for row in rows):
     lines = [_line(_COLUMNS), _line(['---'] * len(_COLUMNS))]
@@ -39,7 +40,11 @@ def render():
       '## Modifiers', '', 'Any loss that takes advantages and a mask, as in `--algo=grpo+tis`.', '',
       _line(('name', 'what it does')), _line(('---', '---')),
       *(_line((f'`{name}`', f.__doc__.splitlines()[0]))
-        for name, f in modifiers.MODIFIERS.items()), '']))
+        for name, f in modifiers.MODIFIERS.items()),
+      _line(('`reward_kl`', 'The KL to the reference comes off the reward (the row\'s own '
+             'advantage then reads what is left).')),
+      *(_line((f'`{name}`', f'Advantages instead of the row\'s own: {f.__doc__.splitlines()[0]}'))
+        for name, f in algorithms.ADVANTAGES.items()), '']))
   parts.append('\n'.join([
       '## Which way they push', '',
       'The cosine between the gradients of every two algorithms, by the parameters of one small',

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ptjax import algorithm_table
 from ptjax import algorithms
 from ptjax import config
 from ptjax.losses import distillation
@@ -141,6 +142,23 @@ def test_modified_row():
   assert {'rollout_log_probs', 'entropy'} <= set(inspect.signature(row.loss).parameters)
 
 
+def test_advantages_by_name():
+  row = algorithms.get('grpo+batch_normalized+reward_kl+adaptive_reward_kl')
+  assert row.advantage.__name__ == 'batch_normalized+reward_kl'
+  assert row.models_for({}) == ('reference',)
+  assert {'epsilon', 'reward_kl_coefficient', 'kl_target'} <= set(row.hyperparameters())
+  assert algorithms.get('dapo+leave_one_out').advantage is algorithms.ADVANTAGES['leave_one_out']
+  for name, message in (
+      ('ppo+group_centred', 'its advantages are its own'),
+      ('hpt+group_centred', 'its advantages are its own'),
+      ('rloo+reward_kl', 'set loss.reward_kl_coefficient'),
+      ('gdpo+reward_kl', 'no whole from which the KL could be taken'),
+      ('grpo+adaptive_reward_kl', 'no KL in the reward to control; put reward_kl before it'),
+      ('grpo+adaptive_kl+adaptive_entropy', 'two modifiers that each carry a running statistic')):
+    with pytest.raises(config.UserError, match=message):
+      algorithms.get(name)
+
+
 USER_FILE = '''
 from ptjax import algorithms
 from ptjax.losses import policy_gradient
@@ -219,11 +237,11 @@ def test_row_rejects_what_no_launcher_knows():
 # Printing.
 
 def test_text_and_json_hold_every_row():
-  text = algorithms.table_text().splitlines()
+  text = algorithm_table.as_text().splitlines()
   assert text[0].split() == ['name', 'family', 'data', 'models', 'source']
   assert [line.split()[0] for line in text[1:1 + len(ROWS)]] == list(algorithms.names())
   assert max(map(len, text)) <= 160
-  rows = json.loads(algorithms.table_json())
+  rows = json.loads(algorithm_table.as_json())
   assert [r['name'] for r in rows] == list(algorithms.names())
   grpo = next(r for r in rows if r['name'] == 'grpo')
   assert grpo['loss'] == 'ptjax.losses.policy_gradient.grpo_loss'

@@ -67,6 +67,37 @@ def gate(rewards, *, demonstration, group_size, threshold=0.0, off_policy_thresh
       'off_policy': demonstration & (rate > threshold) & (rate <= high)}
 
 
+def soft_gate(rewards, *, demonstration, group_size, rollout_exponent=1.0, imitation_exponent=1.0,
+              success_threshold=0.5):
+  """HPT with coefficients in the place of a switch: f(P) on a prompt's rollouts, g(P) on imitation.
+
+  f(P) = P^rollout_exponent rises with the policy's success rate P on the prompt, and g(P) =
+  (1 - P)^imitation_exponent falls, so a prompt that never succeeds is only imitated, and one that
+  always does only reinforced (where it then has no advantage). An exponent of 0 keeps its part at
+  full weight.
+
+  Args:
+    rewards, demonstration: see the module.
+    group_size: rows per prompt, rollouts and demonstrations together.
+    rollout_exponent, imitation_exponent: at least 0.
+    success_threshold: the least reward that counts as a success.
+  Returns:
+    A dict of `advantages` [B], f included; `from_rollouts` and `imitated`, [B] bool: all rollouts
+    and all demonstrations; and `imitation_weights` [B], g on demonstrations and 0 elsewhere.
+    Source: arXiv:2509.04419, eq. 8, whose f and g are any functions of P; the repository looks its
+    own up by the number of correct rollouts, and the paper reports the switch alone.
+  """
+  masking.non_negative(rollout_exponent=rollout_exponent, imitation_exponent=imitation_exponent)
+  rate = success_rate(rewards, demonstration=demonstration, group_size=group_size,
+                      success_threshold=success_threshold)
+  among_rollouts = advantage.group_centred(
+      jnp.where(demonstration, jnp.nan, rewards), group_size=group_size)
+  return {
+      'advantages': rate**rollout_exponent * among_rollouts,
+      'from_rollouts': ~demonstration, 'imitated': demonstration,
+      'imitation_weights': jnp.where(demonstration, (1.0 - rate)**imitation_exponent, 0.0)}
+
+
 def _imitation(log_probs, rows, loss_mask, weights):
   """Mean over the tokens of `rows` [B] of -weights · log π; ratio 1."""
   return likelihood.weighted_loss(
@@ -124,8 +155,8 @@ def _together(*parts):
 
 
 def hpt_loss(log_probs, *, old_log_probs, advantages, demonstration, from_rollouts, imitated,
-             loss_mask, off_policy=None, entropy=None, sft_coefficient=1.0, shaping=0.1,
-             entropy_coefficient=1e-3, max_completion_tokens=None):
+             loss_mask, off_policy=None, imitation_weights=None, entropy=None, sft_coefficient=1.0,
+             shaping=0.1, entropy_coefficient=1e-3, max_completion_tokens=None):
   """Hybrid Post-Training: SFT where the policy fails, RL where it succeeds.
 
   Which rows are which is `gate`'s. Rollouts take Dr. GRPO's reduction without a clip, over all
@@ -134,6 +165,7 @@ def hpt_loss(log_probs, *, old_log_probs, advantages, demonstration, from_rollou
 
   Args:
     from_rollouts, imitated, off_policy: [B] bool; None for off_policy is none.
+    imitation_weights: [B], of each imitated row in that mean, None for 1; `soft_gate`'s.
     sft_coefficient: weight of the imitated part; 1, or .3 at 1.5B.
     shaping: γ of the shaped row.
     The others: see the module.
@@ -142,10 +174,11 @@ def hpt_loss(log_probs, *, old_log_probs, advantages, demonstration, from_rollou
   """
   masking.non_negative(sft_coefficient=sft_coefficient)
   reduce = _per_rollout(~demonstration, max_completion_tokens)
+  weights = sft_coefficient if imitation_weights is None else sft_coefficient * imitation_weights
   parts = [
       ('rollouts', _from_rollouts(
           log_probs, old_log_probs, advantages, from_rollouts, loss_mask, reduce)),
-      ('imitation', _imitation(log_probs, imitated, loss_mask, sft_coefficient))]
+      ('imitation', _imitation(log_probs, imitated, loss_mask, weights))]
   trained = from_rollouts | imitated
   if off_policy is not None:
     parts.append(('off_policy', _shaped(

@@ -14,6 +14,7 @@ import numpy as np
 
 from ptjax.losses import terms
 from ptjax.pieces import advantage
+from ptjax.pieces import bounds
 from ptjax.pieces import denominator
 from ptjax.pieces import masking
 from ptjax.pieces import reduction
@@ -175,5 +176,76 @@ def corrected_kl(loss):
   return _with_signature(modified, loss)
 
 
+def kl(loss):
+  """Adds kl_coefficient · KL to the reference, estimated by k1, k2 or k3; per sequence.
+
+  It takes the place of the loss's own term, if that has one. Source of the estimators: Schulman, *Approximating KL divergence*, 2020.
+  """
+  def modified(log_probs, *, reference_log_probs, loss_mask, kl_coefficient=0.04,
+               kl_estimator='k3', **inputs):
+    value, metrics = _call(
+        loss, log_probs, dict(inputs, loss_mask=loss_mask, kl_coefficient=0.0))
+    penalty, kl_metrics = terms.kl_penalty(
+        log_probs, reference_log_probs, loss_mask, kl_coefficient=kl_coefficient,
+        reduce=reduction.sequence_mean, estimator=kl_estimator)
+    return value + penalty, {**metrics, **kl_metrics}
+  return _with_signature(modified, loss)
+
+
+def _controlled(scale, log_probs, reference_log_probs, loss_mask, kl_target, kl_horizon):
+  """Ziegler's controller: the next scale of a KL coefficient, and the KL it saw, [] each.
+
+  scale · (1 + clip(KL / kl_target - 1, -.2, .2) · B / kl_horizon), KL being the mean over sequences
+  of Σ_t k1, nats. Source: arXiv:1909.08593, section 2.2, with K_β = B / kl_horizon as in its code.
+  """
+  bounds.positive(kl_target=kl_target, kl_horizon=kl_horizon)
+  gap = masking.clean(loss_mask, gap=jax.lax.stop_gradient(log_probs - reference_log_probs))
+  count = jnp.maximum(loss_mask.any(axis=1).sum(), 1).astype(gap.dtype)
+  seen = gap.sum() / count
+  error = jnp.clip(seen / kl_target - 1.0, -0.2, 0.2)
+  return jnp.asarray(scale, gap.dtype) * (1.0 + error * count / kl_horizon), seen
+
+
+def adaptive_kl(loss):
+  """As `kl`, with a coefficient that a controller moves towards a target KL.
+
+  `kl_coefficient` is the first; `kl_target` is in nats per sequence, `kl_horizon` in sequences.
+  State: the factor on the coefficient; see `running` for the convention. Source: arXiv:1909.08593;
+  the defaults are TRL's.
+  """
+  def modified(log_probs, *, reference_log_probs, loss_mask,
+               loss_state={'kl_scale': np.float32(1.0)}, kl_coefficient=0.2, kl_estimator='k3',
+               kl_target=6.0, kl_horizon=10000, **inputs):
+    value, metrics = _call(
+        loss, log_probs, dict(inputs, loss_mask=loss_mask, kl_coefficient=0.0))
+    scale, seen = _controlled(loss_state['kl_scale'], log_probs, reference_log_probs, loss_mask,
+                              kl_target, kl_horizon)
+    coefficient = jax.lax.stop_gradient(jnp.asarray(loss_state['kl_scale']) * kl_coefficient)
+    penalty, kl_metrics = terms.kl_penalty(
+        log_probs, reference_log_probs, loss_mask, kl_coefficient=coefficient,
+        reduce=reduction.sequence_mean, estimator=kl_estimator)
+    return value + penalty, {**metrics, **kl_metrics, 'kl_coefficient': coefficient,
+                             'kl_per_sequence': seen}, {'kl_scale': scale}
+  return _with_signature(modified, loss)
+
+
+def adaptive_reward_kl(loss):
+  """A controller of the KL in the reward: that of `adaptive_kl`, for the advantage's coefficient.
+
+  The loss stays as it is. State: the factor on `reward_kl_coefficient`, which the next rollouts'
+  rewards take. Source: arXiv:1909.08593.
+  """
+  def modified(log_probs, *, reference_log_probs, loss_mask,
+               loss_state={'reward_kl_scale': np.float32(1.0)}, kl_target=6.0, kl_horizon=10000,
+               **inputs):
+    value, metrics = _call(loss, log_probs, dict(inputs, loss_mask=loss_mask))
+    scale, seen = _controlled(loss_state['reward_kl_scale'], log_probs, reference_log_probs,
+                              loss_mask, kl_target, kl_horizon)
+    return value, {**metrics, 'reward_kl_scale': jnp.asarray(loss_state['reward_kl_scale']),
+                   'kl_per_sequence': seen}, {'reward_kl_scale': scale}
+  return _with_signature(modified, loss)
+
+
 MODIFIERS = {f.__name__: f for f in (
-    tis, mis, opsm, top_entropy, mask_truncated, entropy_bonus, adaptive_entropy, corrected_kl)}
+    tis, mis, opsm, top_entropy, mask_truncated, entropy_bonus, adaptive_entropy, corrected_kl, kl,
+    adaptive_kl, adaptive_reward_kl)}

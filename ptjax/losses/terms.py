@@ -23,8 +23,14 @@ def _k2(log_probs, reference_log_probs):
   return penalty, -divergence.k1(log_probs, reference_log_probs)
 
 
-# name -> (the estimate [B, T], the advantage its gradient amounts to under ratio 1)
-ESTIMATORS = {'k3': _k3, 'k2': _k2}
+def _k1(log_probs, reference_log_probs):
+  penalty = divergence.k1(log_probs, reference_log_probs)
+  return penalty, -jnp.ones_like(penalty)
+
+
+# name -> (the estimate [B, T], the advantage its gradient amounts to under ratio 1). That of k1 is a
+# constant: right in value, but on average it pushes nowhere.
+ESTIMATORS = {'k3': _k3, 'k2': _k2, 'k1': _k1}
 
 
 def kl_penalty(log_probs, reference_log_probs, loss_mask, *, kl_coefficient, reduce,
@@ -36,13 +42,16 @@ def kl_penalty(log_probs, reference_log_probs, loss_mask, *, kl_coefficient, red
   Args:
     log_probs, reference_log_probs: [B, T] nats.
     loss_mask: [B, T] bool.
-    kl_coefficient: β; not negative.
+    kl_coefficient: β; not negative. A controller's may be an array.
     reduce: `(values, loss_mask) -> scalar`.
     estimator: a key of ESTIMATORS.
   """
-  masking.non_negative(kl_coefficient=kl_coefficient)
-  if kl_coefficient == 0.0:
-    return 0.0, {}
+  if estimator not in ESTIMATORS:
+    raise ValueError(f'kl_estimator={estimator!r}: expected one of {", ".join(ESTIMATORS)}')
+  if not isinstance(kl_coefficient, jax.Array):
+    masking.non_negative(kl_coefficient=kl_coefficient)
+    if kl_coefficient == 0.0:
+      return 0.0, {}
   masking.required(reference_log_probs, 'reference_log_probs', f'kl_coefficient={kl_coefficient}')
   log_probs, reference_log_probs = masking.clean(
       loss_mask, log_probs=log_probs, reference_log_probs=reference_log_probs)

@@ -7,6 +7,7 @@ estimators that run in time.
 """
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -211,6 +212,34 @@ def leave_one_out_with_kl(
         loss_mask, old_log_probs, reference_log_probs, reward_kl_coefficient)
     rewards = rewards - penalty.sum(axis=1)
   return leave_one_out(rewards, group_size=group_size)
+
+
+def less_kl(estimator):
+  """Returns `estimator` of R - β Σ_t (ℓᵒ_t - ℓ⁰_t): of rewards less the whole KL.
+
+  Args:
+    estimator: `estimator(rewards, *, arrays, hyperparameters)`.
+  Returns:
+    A function with its arguments and those of the KL, `reward_kl_coefficient` (.05) among them.
+  """
+  own = inspect.signature(estimator).parameters
+
+  def modified(rewards, *, loss_mask, old_log_probs=None, reference_log_probs=None,
+               reward_kl_coefficient=0.05, **inputs):
+    if reward_kl_coefficient:
+      rewards = rewards - returns.kl_in_reward(
+          loss_mask, old_log_probs, reference_log_probs, reward_kl_coefficient).sum(axis=1)
+    offered = dict(inputs, loss_mask=loss_mask, old_log_probs=old_log_probs,
+                   reference_log_probs=reference_log_probs)
+    return estimator(rewards, **{name: x for name, x in offered.items() if name in own})
+
+  added = {name: p for name, p in inspect.signature(modified).parameters.items()
+           if p.kind is not p.VAR_KEYWORD}
+  modified.__signature__ = inspect.Signature(
+      sorted({**own, **added}.values(), key=lambda p: (p.kind, p.default is not p.empty)))
+  modified.__name__ = f'{estimator.__name__}+reward_kl'
+  modified.__doc__ = estimator.__doc__
+  return modified
 
 
 def win_margin(rewards):

@@ -22,6 +22,7 @@ from ptjax.rewards import combine
 from ptjax.training import privileged
 from ptjax.training import recipes
 from ptjax.training import resampling
+from ptjax.training import rollout_metrics
 from ptjax.training import scoring
 
 
@@ -92,25 +93,12 @@ def assemble(prompts, rollouts, *, scored, mask_truncated=False, reuse_log_probs
 
 
 def with_state(estimator, loss_state):
-  """The estimator under the KL coefficient that a controller keeps in `loss_state`, if any does."""
-  names = inspect.signature(estimator).parameters
-  if not isinstance(loss_state, dict) or 'reward_kl_coefficient' not in loss_state or (
-      'reward_kl_coefficient' not in names):
+  """The estimator with its KL coefficient times a controller's factor, where `loss_state` has one."""
+  if not isinstance(loss_state, dict) or 'reward_kl_scale' not in loss_state:
     return estimator
-  coefficient = float(sharding.fetch(loss_state['reward_kl_coefficient']))
-  return functools.partial(estimator, reward_kl_coefficient=coefficient)
-
-
-def gate_metrics(found, group):
-  """The trace of a gate among an estimator's arrays: `gate/<name>`, means over prompts.
-
-  Of rows that take a part: the fraction of prompts that have some. Of weights: their mean.
-  """
-  metrics = {}
-  for name, value in found.items():
-    if name not in ('advantages', 'returns') and value.ndim == 1:
-      metrics[f'gate/{name}'] = float(value.reshape(-1, group).max(1).mean())
-  return metrics
+  scale = float(sharding.fetch(loss_state['reward_kl_scale']))
+  first = inspect.signature(estimator).parameters['reward_kl_coefficient'].default
+  return functools.partial(estimator, reward_kl_coefficient=scale * first)
 
 
 def with_overlong_penalty(table, rollouts, overlong_tokens):
@@ -127,47 +115,6 @@ def with_overlong_penalty(table, rollouts, overlong_tokens):
   return dataclasses.replace(
       table, names=(*table.names, 'overlong'), total=table.total + penalty,
       values=np.concatenate([table.values, penalty[:, None]], axis=1))
-
-
-def without(shown, table, rollouts):
-  """Reward table and rollouts of the policy's own completions alone.
-
-  Args:
-    shown: [B] bool; the rows that are not, as many in every group.
-    table: RewardTable.
-    rollouts: types.Rollouts.
-  """
-  own = ~shown
-  return (dataclasses.replace(table, values=table.values[own], total=table.total[own],
-                              scored=table.scored[own]),
-          jax.tree.map(lambda x: x[own], rollouts))
-
-
-def rollout_metrics(table, rollouts, group_size):
-  """Reward and length statistics of one rollout, under TRL's names."""
-  metrics = {}
-  scored = table.scored & ~np.isnan(table.total)
-  if scored.any():
-    grouped = np.where(scored, table.total, np.nan).reshape(-1, group_size)
-    grouped = grouped[~np.isnan(grouped).all(1)]
-    stds = np.asarray([np.std(g[~np.isnan(g)], ddof=1) if (~np.isnan(g)).sum() > 1 else 0.0
-                       for g in grouped])
-    metrics['reward'] = float(table.total[scored].mean())
-    metrics['reward_std'] = float(stds.mean())
-    metrics['frac_reward_zero_std'] = float((stds < 1e-8).mean())
-  for i, name in enumerate(table.names):
-    values = table.values[:, i]
-    values = values[~np.isnan(values)]
-    if values.size:
-      metrics[f'rewards/{name}/mean'] = float(values.mean())
-      metrics[f'rewards/{name}/std'] = float(values.std(ddof=1)) if values.size > 1 else 0.0
-  lengths = rollouts.loss_mask.sum(1)
-  metrics.update({
-      'completions/mean_length': float(lengths.mean()),
-      'completions/min_length': int(lengths.min()),
-      'completions/max_length': int(lengths.max()),
-      'completions/clipped_ratio': float(rollouts.truncated.mean())})
-  return metrics
 
 
 @dataclasses.dataclass
@@ -187,7 +134,7 @@ class Collector:
     log_probs: input's name -> `(params, batch) -> [B, T]`: `old_log_probs`,
       `reference_log_probs`, `teacher_log_probs`, `old_values`, where the method reads them.
     recipe: recipes.Recipe; how completions are drawn and the batch arranged.
-    takes_rewards: whether the loss reads the rewards themselves.
+    takes: names of the loss's arguments; it may read `rewards` and `truncated` themselves.
     num_samples: completions kept for samples.jsonl.
     judge: `(prompts, first, second) -> [N]`, the probability that the first text is the better one;
       None compares rewards, which gives 0, a half or 1.
@@ -206,7 +153,7 @@ class Collector:
   mask_truncated: bool = False
   log_probs: dict = dataclasses.field(default_factory=dict)
   recipe: recipes.Recipe = recipes.Recipe()
-  takes_rewards: bool = False
+  takes: frozenset = frozenset()
   num_samples: int = 8
   judge: object = None
   extra_rollouts: int = 0
@@ -237,7 +184,9 @@ class Collector:
     clock.lap('reward')
     for name, log_probs in self.log_probs.items():
       batch.inputs[name] = log_probs(params, batch)
-    if self.takes_rewards:
+    if 'truncated' in self.takes:
+      batch.inputs['truncated'] = rollouts.truncated
+    if 'rewards' in self.takes:
       batch.inputs['rewards'] = np.where(table.scored, total, np.nan).astype(np.float32)
     gates = {}
     if self.estimator is not None:
@@ -248,7 +197,7 @@ class Collector:
           with_state(self.estimator, loss_state), total, table.scored, group_size=group,
           loss_mask=batch.loss_mask, **arrays)
       batch.inputs.update(found)
-      gates = gate_metrics(found, group)
+      gates = rollout_metrics.of_gate(found, group)
     clock.lap('log_probs')
     metrics = {
         **self._metrics(first, clock), **self._judged(), **counts, **gates, **clock.laps,
@@ -296,10 +245,10 @@ class Collector:
     table, rollouts = drawn.table, drawn.rollouts
     for name in ('demonstration', 'rival'):
       if name in drawn.known:
-        table, rollouts = without(drawn.known[name], table, rollouts)
+        table, rollouts = rollout_metrics.without(drawn.known[name], table, rollouts)
     count = len(drawn.prompts.lengths)
     return {
-        **rollout_metrics(table, rollouts, len(rollouts.tokens) // count),
+        **rollout_metrics.of(table, rollouts, len(rollouts.tokens) // count),
         **{f'rewards/{name}': value for name, value in table.report.items() if value},
         'perf/rollout_tokens_per_second': int(
             rollouts.loss_mask.sum()) / clock.laps['timing_s/rollout']}

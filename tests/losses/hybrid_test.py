@@ -62,6 +62,37 @@ def test_gate_rejects_thresholds_in_the_wrong_order():
     gate(threshold=0.5, off_policy_threshold=0.1)
 
 
+@pytest.mark.parametrize('f, g', [(1.0, 1.0), (0.5, 2.0), (0.0, 0.0)])
+def test_soft_gate_by_hand(f, g):
+  rate = np.repeat([0.0, 0.25, 0.75], G)
+  got = {k: np.asarray(v) for k, v in hybrid.soft_gate(
+      jnp.asarray(REWARDS), demonstration=jnp.asarray(DEMONSTRATION), group_size=G,
+      rollout_exponent=f, imitation_exponent=g).items()}
+  rows = REWARDS.reshape(3, G)
+  centred = np.where(DEMONSTRATION, 0, (rows - rows[:, :4].mean(1, keepdims=True)).reshape(-1))
+  np.testing.assert_allclose(got['advantages'], rate**f * centred, rtol=1e-6, atol=1e-7)
+  np.testing.assert_allclose(got['imitation_weights'], DEMONSTRATION * (1 - rate)**g, rtol=1e-6)
+  np.testing.assert_array_equal(got['imitated'], DEMONSTRATION)
+  np.testing.assert_array_equal(got['from_rollouts'], ~DEMONSTRATION)
+
+
+def test_soft_weights_scale_each_prompts_part():
+  """The gradient is f times that of the rollouts alone plus g times that of imitation alone."""
+  arrays = {n: x if x.dtype == bool else x.astype(np.float32)
+            for n, x in cases.random_arrays().items()}
+  demonstration, nothing = arrays['demonstration'], np.zeros(cases.B, bool)
+  hyper = dict(entropy_coefficient=0.0, max_completion_tokens=9)
+  f, g = np.linspace(0.1, 0.9, cases.B, dtype=np.float32), np.linspace(2, 1, cases.B, dtype=np.float32)
+  part = lambda **rows: gradient(hybrid.hpt_loss, {
+      **arrays, 'from_rollouts': nothing, 'imitated': nothing, 'off_policy': nothing, **rows},
+      **hyper)
+  rollouts, imitation = part(from_rollouts=~demonstration), part(imitated=demonstration)
+  got = part(from_rollouts=~demonstration, imitated=demonstration,
+             advantages=f * arrays['advantages'], imitation_weights=g)
+  np.testing.assert_allclose(got, f[:, None] * rollouts + g[:, None] * imitation, rtol=1e-5,
+                             atol=1e-8)
+
+
 def gradient(loss, arrays, **hyper):
   names = inspect.signature(loss).parameters
   inputs = {n: x for n, x in arrays.items() if n in names}

@@ -50,7 +50,10 @@ def test_neutral_settings_change_nothing(arrays):
       ('mask_truncated', {'truncated': jnp.zeros(cases.B, bool)}, {}),
       ('entropy_bonus', {}, {'entropy_coefficient': 0.0}),
       ('adaptive_entropy', {}, {}),
-      ('corrected_kl', {}, {'kl_coefficient': 0.0})]
+      ('corrected_kl', {}, {'kl_coefficient': 0.0}),
+      ('kl', {}, {'kl_coefficient': 0.0}),
+      ('adaptive_kl', {}, {'kl_coefficient': 0.0}),
+      ('adaptive_reward_kl', {}, {})]
   assert {name for name, _, _ in neutral} == set(modifiers.MODIFIERS)
   value, weights, _ = run(pg.dapo_loss, arrays)
   for name, change, hyper in neutral:
@@ -150,6 +153,65 @@ def test_adaptive_entropy_steers_to_its_target(arrays):
   np.testing.assert_allclose(down, 0.495, rtol=1e-6)
   _, _, (_, floor) = run(loss, arrays, entropy_target=mean - 0.1)
   assert floor == 0.0
+
+
+def gap_of(arrays):
+  """log π - log π₀ on the mask, 0 off it; float64."""
+  gap = np.asarray(arrays['log_probs'] - arrays['reference_log_probs'], np.float64)
+  return np.where(arrays['loss_mask'], gap, 0)
+
+
+@pytest.mark.parametrize('name, value_of, weight_of', [
+    ('k1', lambda d: d, lambda d: -np.ones_like(d)),
+    ('k2', lambda d: d**2 / 2, lambda d: -d),
+    ('k3', lambda d: np.exp(-d) + d - 1, lambda d: np.exp(-d) - 1)])
+def test_kl_in_the_loss_by_each_estimator(arrays, name, value_of, weight_of):
+  plain, plain_weights, _ = run(pg.dapo_loss, arrays)
+  value, weights, (metrics,) = run(modifiers.kl(pg.dapo_loss), arrays, kl_coefficient=0.3,
+                                   kl_estimator=name)
+  gap, mask = gap_of(arrays), np.asarray(arrays['loss_mask'])
+  per_row = np.maximum(mask.sum(1, keepdims=True), 1) * len(mask)
+  np.testing.assert_allclose(
+      value - plain, 0.3 * (value_of(gap) * mask / per_row).sum(), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(
+      weights - plain_weights, 0.3 * weight_of(gap) * mask / per_row, rtol=1e-3, atol=1e-6)
+  np.testing.assert_allclose(metrics['kl'], value_of(gap)[mask].mean(), rtol=1e-4)
+
+
+def test_kl_takes_the_place_of_a_losss_own_term(arrays):
+  own, own_weights, _ = run(pg.grpo_loss, arrays, kl_coefficient=0.3)
+  value, weights, _ = run(modifiers.kl(pg.grpo_loss), arrays, kl_coefficient=0.3)
+  np.testing.assert_allclose(value, own, rtol=1e-6)
+  np.testing.assert_allclose(weights, own_weights, rtol=1e-5, atol=1e-8)
+  with pytest.raises(ValueError, match="kl_estimator='k4': expected one of k3, k2, k1"):
+    run(modifiers.kl(pg.grpo_loss), arrays, kl_estimator='k4')
+
+
+@pytest.mark.parametrize('name, key', [
+    ('adaptive_kl', 'kl_scale'), ('adaptive_reward_kl', 'reward_kl_scale')])
+@pytest.mark.parametrize('off', [0.5, 0.9, 1.1, 2.0])  # the KL over its target
+def test_the_controller_moves_towards_its_target(arrays, name, key, off):
+  """Three steps of Ziegler's rule in float64."""
+  loss = modifiers.MODIFIERS[name](pg.dapo_loss)
+  arrays = {**arrays, 'reference_log_probs': arrays['log_probs'] - jnp.abs(arrays['log_probs'])}
+  seen = gap_of(arrays).sum(1)[np.asarray(arrays['loss_mask']).any(1)]
+  state, expected = {key: jnp.float32(1.5)}, 1.5
+  for _ in range(3):
+    _, _, (metrics, state) = run(loss, arrays, loss_state=state, kl_target=seen.mean() / off,
+                                 kl_horizon=50)
+    expected *= 1 + np.clip(off - 1, -0.2, 0.2) * len(seen) / 50
+    np.testing.assert_allclose(state[key], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics['kl_per_sequence'], seen.mean(), rtol=1e-5)
+
+
+def test_adaptive_kl_is_kl_under_its_present_coefficient(arrays):
+  value, weights, _ = run(modifiers.kl(pg.dapo_loss), arrays, kl_coefficient=0.3)
+  got, got_weights, (metrics, _) = run(
+      modifiers.adaptive_kl(pg.dapo_loss), arrays, kl_coefficient=0.2,
+      loss_state={'kl_scale': jnp.float32(1.5)})
+  np.testing.assert_allclose(got, value, rtol=1e-6)
+  np.testing.assert_allclose(got_weights, weights, rtol=1e-5, atol=1e-8)
+  np.testing.assert_allclose(metrics['kl_coefficient'], 0.3, rtol=1e-6)
 
 
 def test_signatures_add_up():

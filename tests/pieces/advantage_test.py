@@ -213,3 +213,27 @@ def test_step_rewards_by_loops():
   alive = MASK & ~np.isnan(rewards)[:, None]
   np.testing.assert_allclose(both, np.where(alive, expected + outcome[:, None], 0.0), rtol=1e-4,
                              atol=1e-5)
+
+
+def test_less_kl_takes_the_whole_kl_off_the_reward():
+  rng = np.random.default_rng(0)
+  rewards = rng.normal(size=6).astype(np.float32)
+  old, reference = -rng.random((2, 6, 4)).astype(np.float32)
+  mask = np.arange(4) < np.array([4, 2, 1, 3, 4, 2])[:, None]
+  estimator = advantage.less_kl(advantage.group_centred)
+  got = estimator(jnp.asarray(rewards), group_size=3, loss_mask=jnp.asarray(mask),
+                  old_log_probs=jnp.asarray(old), reference_log_probs=jnp.asarray(reference),
+                  reward_kl_coefficient=0.5)
+  less = (rewards - 0.5 * np.where(mask, old - reference, 0).sum(1)).reshape(2, 3)
+  np.testing.assert_allclose(got, (less - less.mean(1, keepdims=True)).reshape(-1), rtol=1e-5)
+  plain = estimator(jnp.asarray(rewards), group_size=3, loss_mask=jnp.asarray(mask),
+                    reward_kl_coefficient=0.0)
+  np.testing.assert_allclose(
+      plain, advantage.group_centred(jnp.asarray(rewards), group_size=3), rtol=1e-6)
+  # It has the arguments of both, and the KL of RLOO's own estimator is the same one.
+  named = advantage.less_kl(advantage.leave_one_out)
+  offered = dict(group_size=3, loss_mask=jnp.asarray(mask), old_log_probs=jnp.asarray(old),
+                 reference_log_probs=jnp.asarray(reference), reward_kl_coefficient=0.05)
+  np.testing.assert_allclose(
+      named(jnp.asarray(rewards), **offered),
+      advantage.leave_one_out_with_kl(jnp.asarray(rewards), **offered), rtol=1e-6)

@@ -5,11 +5,9 @@ import functools
 import numpy as np
 import pytest
 
-from ptjax import config as settings
 from ptjax import types
 from ptjax.pieces import advantage
 from ptjax.pieces import returns
-from ptjax.rewards import combine
 from ptjax.training import experience
 
 P, G, S, T = 4, 2, 3, 5
@@ -71,33 +69,6 @@ def test_estimators_get_the_arrays_they_name():
       loss_mask=np.ones((4, 3), bool), old_log_probs=np.zeros((4, 3)),
       reference_log_probs=np.zeros((4, 3)), rollout_log_probs=None)['advantages']
   assert found.shape == (4, 3)
-
-
-def test_rollout_metrics_by_hand(rollouts):
-  values = np.array([[1.0, 0], [0, 0], [np.nan, 1], [3, 1], [2, 2], [2, 2], [np.nan, np.nan],
-                     [np.nan, np.nan]])
-  scored = ~np.isnan(values).all(1)
-  table = combine.RewardTable(
-      names=('a', 'b'), values=values, total=np.where(scored, np.nansum(values, 1), np.nan),
-      scored=scored, report={}, seconds={})
-  metrics = experience.rollout_metrics(table, rollouts, G)
-  totals = np.array([[1, 0], [1, 4], [4, 4]])
-  deviations = totals.std(1, ddof=1)
-  assert metrics['reward'] == pytest.approx(totals.mean())
-  assert metrics['reward_std'] == pytest.approx(deviations.mean())
-  assert metrics['frac_reward_zero_std'] == pytest.approx(1 / 3)
-  assert metrics['rewards/a/mean'] == pytest.approx(8 / 5)
-  assert metrics['rewards/b/std'] == pytest.approx(np.std([0, 0, 1, 1, 2, 2], ddof=1))
-  assert metrics['completions/mean_length'] == LENGTHS.mean()
-  assert (metrics['completions/min_length'], metrics['completions/max_length']) == (1, 5)
-  assert metrics['completions/clipped_ratio'] == 0.25
-
-
-def test_no_reward_metric_where_nothing_was_scored(rollouts):
-  table = combine.RewardTable(
-      names=('a',), values=np.full((B, 1), np.nan), total=np.full(B, np.nan),
-      scored=np.zeros(B, bool), report={}, seconds={})
-  assert not [n for n in experience.rollout_metrics(table, rollouts, G) if n.startswith('reward')]
 
 
 @pytest.mark.parametrize('count', [1, 2, 4])

@@ -5,8 +5,14 @@ import pathlib
 import random
 import sys
 
+import jax
 import numpy as np
 import pytest
+
+from ptjax.data import tokenizer as tokenizers
+from ptjax.models import hub
+from ptjax.models import presets
+from ptjax.models import transformer
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import job_runs
@@ -35,10 +41,14 @@ def _launch(folder, name, model, dataset, *more, steps, cache, **settings):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, compile_cache):
-  """A policy that writes three random digits, and reward models that like sevens."""
+  """A policy that writes three random digits, a line each, and reward models that like sevens."""
   folder, draw = tmp_path_factory.mktemp('learned'), random.Random(0)
-  base = job_runs.export_model(folder / 'base')
-  digits = lambda: ''.join(draw.choice('0123456789') for _ in range(3))
+  tokenizer = tokenizers.characters('0123456789=\n')
+  config = presets.get('tiny', vocab_size=len(tokenizer), width=32, num_layers=2, num_heads=4,
+                       num_kv_heads=2, mlp_width=64, max_length=64)
+  base = folder / 'base'
+  hub.export(str(base), config, transformer.init(config, jax.random.key(0)), tokenizer)
+  digits = lambda: '\n'.join(draw.choice('0123456789') for _ in range(3))
   sft = _write(folder / 'sft.jsonl', [
       {'prompt': draw.choice(_PROMPTS), 'completion': digits()} for _ in range(512)])
   pairs = [(digits(), digits()) for _ in range(2000)]
@@ -47,6 +57,10 @@ def trained(tmp_path_factory, compile_cache):
   preferred = _write(folder / 'pairs.jsonl', [
       {'prompt': draw.choice(_PROMPTS), 'chosen': best, 'rejected': worst}
       for best, worst in pairs])
+  _write(folder / 'steps.jsonl', [
+      {'prompt': draw.choice(_PROMPTS), 'completions': steps,
+       'labels': [step == '7' or draw.random() < 0.1 for step in steps]}
+      for steps in (draw.choices('0123456777', k=3) for _ in range(1000))])
   _write(folder / 'prompts.jsonl', [{'prompt': prompt} for prompt in _PROMPTS])
   _launch(folder, 'sft', base, sft, '--algo=sft', steps=60, cache=compile_cache)
   _launch(folder, 'rewards', folder / 'sft' / 'model', preferred, '--algo=reward_bt', steps=60,
@@ -63,13 +77,31 @@ def _rise(folder, count, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('critic', ['head', 'model'])
-def test_sft_then_a_reward_model_then_ppo(trained, compile_cache, critic):
+@pytest.mark.parametrize('critic, rank', [('head', 0), ('model', 8)])
+def test_sft_then_a_reward_model_then_ppo(trained, compile_cache, critic, rank):
   run = _launch(trained, f'ppo_{critic}', trained / 'sft' / 'model', trained / 'prompts.jsonl',
                 '--algo=ppo', f'--reward=model:{trained / "rewards" / "model"}', steps=16,
                 cache=compile_cache, critic=critic, rollout__num_prompts=10, rollout__group_size=6,
-                optimizer__learning_rate=2e-3)
+                lora__rank=rank)
   assert _rise(run, 60, 'model') > STANDARD_ERRORS
   sevens = [np.mean([row['completion'].count('7') for row in job_runs.samples(run)
                      if row['step'] == step]) for step in (1, 16)]
   assert sevens[1] > sevens[0]  # what the reward model was taught
+
+
+@pytest.mark.slow
+def test_rewards_of_steps_teach_grpo(trained, compile_cache):
+  judge = _launch(trained, 'steps', trained / 'sft' / 'model', trained / 'steps.jsonl',
+                  '--algo=prm', steps=60, cache=compile_cache)
+  assert job_runs.metrics(judge)[-1]['accuracy'] > 0.85
+  run = _launch(trained, 'process', trained / 'sft' / 'model', trained / 'prompts.jsonl',
+                '--algo=grpo_process', f'--reward=process:{judge / "model"}(steps="product")',
+                steps=16, cache=compile_cache, rollout__num_prompts=10, rollout__group_size=6)
+  assert _rise(run, 60, 'process') > STANDARD_ERRORS
+
+
+def test_a_method_of_steps_refuses_rewards_of_wholes(tmp_path, compile_cache, capsys):
+  model = job_runs.export_model(tmp_path / 'model')
+  argv = job_runs.arguments(model, tmp_path / 'run', compile_cache, '--algo=grpo_process')
+  assert job_runs.launch_here(argv) == 2
+  assert 'needs rewards of steps' in capsys.readouterr().err

@@ -118,7 +118,7 @@ def save(directory, config, adapters, settings, *, base):
       put('lora_B.weight', b[layer].T)
       if magnitude is not None:
         put('lora_magnitude_vector', magnitude[layer])
-  heads = {name: tree for name, tree in adapters.items() if name != 'layers'}
+  heads = {name: tree for name, tree in adapters.items() if name == 'score'}  # a critic stays here
   leaves, whole = hf_weights.paths(heads), set()
   for path, source in hf_weights.layout(config, heads).items():
     tensors[_PREFIX + hf_weights.full_name(config, source.name)] = np.ascontiguousarray(

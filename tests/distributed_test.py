@@ -1,5 +1,6 @@
 """Two real processes train together and give what one process with as many devices gives."""
 
+import json
 import pathlib
 import socket
 import subprocess
@@ -63,6 +64,52 @@ def test_rows_objects_and_a_signal_reach_every_process():
       stderr=subprocess.PIPE, text=True, env=job_runs.environment()) for rank in range(2)]
   for process in pair:
     assert 'done' in job_runs.finish(process)[0]
+
+
+SCORING = textwrap.dedent("""
+    import functools, json, sys
+    import jax
+    import numpy as np
+    port, rank, count, policy, rewards, out = sys.argv[1:]
+    if count == '2':
+      jax.distributed.initialize(f'localhost:{port}', 2, int(rank))
+    from ptjax import assembly, config, learned, sharding
+    from ptjax.rewards import combine
+    from ptjax.training import scoring
+    settings = config.Config(model=policy)
+    load = functools.partial(learned.load_reward, config=settings, mesh=sharding.make_mesh(),
+                             policy=assembly.load_policy(settings))
+    seen = []
+    def own_rows(prompts, completions):
+      seen.extend(completions)
+      return [float(len(c)) for c in completions]
+    texts = ['1', '23', '456', '7', '89']
+    with combine.load([own_rows, f'model:{rewards}*2'], learned=load) as reward_set:
+      table = scoring.score(reward_set, ['1+2='] * 5, texts, {})
+    assert seen == (texts if count == '1' else [texts[:3], texts[3:]][int(rank)])
+    with open(f'{out}_{rank}', 'w') as file:
+      json.dump([table.names, table.values.tolist(), table.total.tolist()], file)
+""")
+
+
+@pytest.mark.slow
+def test_a_reward_model_scores_all_rows_on_all_processes(tmp_path):
+  policy = job_runs.export_model(tmp_path / 'policy', num_layers=1)
+  rewards = job_runs.export_model(tmp_path / 'rewards', num_layers=1, num_labels=1)
+
+  def start(port, rank, count, devices):
+    return subprocess.Popen(
+        [sys.executable, '-c', SCORING, str(port), str(rank), str(count), str(policy),
+         str(rewards), str(tmp_path / f'scores_{count}')], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=job_runs.environment(devices))
+  port = free_port()
+  for process in [start(port, 0, 2, 2), start(port, 1, 2, 2), start(port, 0, 1, 4)]:
+    job_runs.finish(process)
+  found = [json.loads((tmp_path / f'scores_{name}').read_text()) for name in ('1_0', '2_0', '2_1')]
+  assert found[1] == found[2]  # to the bit: what follows must be the same everywhere
+  assert found[0][0] == found[1][0] == ['own_rows', 'model']
+  for one, two in zip(found[0][1:], found[1][1:]):
+    np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
 
 
 # Fails in process 1 alone, on the second rollout, while a file named `down` lies beside it.

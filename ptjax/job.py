@@ -35,6 +35,8 @@ def run(config, *, argv=None):
   Args:
     config: config.Config.
     argv: the command line, for the report and for the advice how to go on; default sys.argv.
+  Returns:
+    Whether the run came to its end; False where Ctrl-C or SIGTERM stopped it.
   Raises:
     UserError: something the user can set right; found before training where possible.
     TrainingFailed, or what a stage raised; the traceback is then in error.txt.
@@ -63,6 +65,7 @@ def run(config, *, argv=None):
         data.rewards.close()
   if not completed and jax.process_index() == 0:
     print(f'interrupted; a checkpoint is saved. To go on: {resume_command(config, argv)}')
+  return completed
 
 
 def resume_command(config, argv=None):

@@ -1,7 +1,8 @@
 """Shared test set-up: eight virtual CPU devices, and the data folder beside the repository.
 
 Nearly all test time is compilation of tiny programs, so LLVM's optimisations, which would cost
-more than they save here, are off; `.ci/run` also runs the launcher with them on.
+more than they save here, are off, and so are fusions made by MLIR, which take half of what is left;
+`.ci/run` also runs the launcher with them on.
 """
 
 import os
@@ -10,7 +11,7 @@ import pathlib
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-    ' --xla_backend_optimization_level=0')
+    ' --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 

@@ -27,8 +27,9 @@ _TIMING = ('timing_s/', 'perf/', 'step_time')
 def export_model(folder, **changes):
   """Writes a model of some thousand weights with the character tokenizer; returns its path."""
   tokenizer = tokenizers.characters(arithmetic.ALPHABET)
-  sizes = dict(width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=64, max_length=128)
-  config = presets.get('tiny', vocab_size=len(tokenizer), **{**sizes, **changes})
+  sizes = dict(vocab_size=len(tokenizer), width=32, num_layers=2, num_heads=4, num_kv_heads=2,
+               mlp_width=64, max_length=128)
+  config = presets.get('tiny', **{**sizes, **changes})
   hub.export(str(folder), config, transformer.init(config, jax.random.key(0)), tokenizer)
   return folder
 

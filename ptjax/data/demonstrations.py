@@ -66,7 +66,7 @@ def _all_turns(reader):
 def last_turn(row):
   """Returns (prompt, completion) of a row: its own, or a conversation split at its last answer.
 
-  (None, None) where no assistant turn is in it.
+  (None, None) where no assistant turn is in it, or the last one says nothing.
   """
   if row.get('completion') is not None or 'messages' not in row:
     return row.get('prompt'), row.get('completion')
@@ -76,5 +76,6 @@ def last_turn(row):
     return value, value  # not messages: the encoder says so, with the row
   for i in reversed(range(len(conversation))):
     if conversation[i]['role'] == 'assistant':
-      return conversation[:i], conversation[i:i + 1]
+      said = conversation[i].get('content') or conversation[i].get('tool_calls')
+      return (conversation[:i], conversation[i:i + 1]) if said else (None, None)
   return None, None

@@ -24,6 +24,7 @@ from ptjax.data import tokenizer as tokenizers
 from ptjax.models import costs
 from ptjax.rewards import combine
 from ptjax.training import experience
+from ptjax.training import offline
 
 _RANKED = 4  # completions of a ranked row of filler; a real row says itself
 
@@ -71,10 +72,7 @@ def make(plan, policies, mesh, *, local):
       plan, policies, doors.Data({plan.stage.index: door}, {}, None, None), mesh, pathlib.Path())
   if plan.online:
     return made, _of_rollout(made, door)
-  if made.reads_reference:
-    reference.attach_zeros(door)
-  batch = door.widest()
-  return made, Widest(_shapes(batch), rows_of(batch), [], {})
+  return made, _of_rows(made, door)
 
 
 def rows_of(batch):
@@ -83,20 +81,23 @@ def rows_of(batch):
   return costs.Rows(p, s, b // p, t, packed=batch.packing is not None)
 
 
+def _of_rows(made, door):
+  """Takes the door's widest batch or, where the policy may answer itself, its answers if wider."""
+  if made.reads_reference:
+    reference.attach_zeros(door)
+  batch, draws = door.widest(), []
+  if made.bound.own_turn is not None:
+    shown = types.SimpleNamespace(batch=lambda step: batch, epoch=lambda step: 0.0,
+                                  rows=lambda step: range(len(batch.prompt_lengths)))
+    draw = _zeros_of('policy', made.drawn_by()['policy'][1], draws)
+    own, _, _ = offline.MixedSource(shown, draw, lambda key: True, seed=0).batch(None, 0)
+    batch = max(batch, own, key=lambda either: either.tokens.size)
+  return Widest(_shapes(batch), rows_of(batch), draws, {})
+
+
 def _of_rollout(made, door):
   """Collects a rollout of zeros and cuts the first mini-batch out of it."""
   draws, passes = [], {}
-
-  def zeros_of(name, options):
-    def draw(params, prompts, key):
-      del params, key
-      p, group = prompts.sample_ids.shape
-      draws.append((name, costs.Rows(p, prompts.tokens.shape[1], group, options.max_tokens)))
-      shape = (p * group, options.max_tokens)
-      return parcels.Rollouts(
-          tokens=np.zeros(shape, np.int32), loss_mask=np.arange(shape[1]) < np.ones((shape[0], 1)),
-          log_probs=np.zeros(shape, np.float32), truncated=np.zeros(shape[0], bool))
-    return draw
 
   def zeros_for(name):
     def compute(params, batch):
@@ -107,7 +108,7 @@ def _of_rollout(made, door):
 
   collector = made.collector(
       types.SimpleNamespace(batch=lambda index: door.widest(), epoch=lambda index: 0.0),
-      {name: zeros_of(name, options) for name, (_, options) in made.drawn_by().items()},
+      {name: _zeros_of(name, options, draws) for name, (_, options) in made.drawn_by().items()},
       {name: zeros_for(name) for name in made.passes()},
       combine.RewardSet([combine.Component('some', _alternating)]))
   whole = collector(None, 0).batch
@@ -115,6 +116,19 @@ def _of_rollout(made, door):
       whole, index=0, count=made.plan.config.training.mini_batches, seed=0, rollout=0, epoch=0,
       on_policy=True)
   return Widest(_shapes(batch), rows_of(whole), draws, passes)
+
+
+def _zeros_of(name, options, draws):
+  """A sampler of zeros, which notes in `draws` what it is asked for."""
+  def draw(params, prompts, key):
+    del params, key
+    p, group = prompts.sample_ids.shape
+    draws.append((name, costs.Rows(p, prompts.tokens.shape[1], group, options.max_tokens)))
+    shape = (p * group, options.max_tokens)
+    return parcels.Rollouts(
+        tokens=np.zeros(shape, np.int32), loss_mask=np.arange(shape[1]) < np.ones((shape[0], 1)),
+        log_probs=np.zeros(shape, np.float32), truncated=np.zeros(shape[0], bool))
+  return draw
 
 
 def _alternating(prompts, completions):

@@ -160,12 +160,14 @@ def _dry_sampler(model, options, mesh, rows, *, compiles):
   dry = _DrySampler(model, options, mesh, None, True, compiles=compiles)
   p, s, g, *_ = rows
   params = placed_params(model, mesh)
+  if options.mixture:
+    params = [params] * len(options.mixture)
   dry(params, types.Prompts(
       tokens=np.zeros((p, s), np.int32), lengths=np.full(p, s, np.int32),
       ids=np.arange(p, dtype=np.int32), sample_ids=np.zeros((p, g), np.int32)), jax.random.key(0))
   store, own, slots, _ = dry.outputs['prefill'][0]
   return Rollout(
-      weights=bytes_per_device(dry.outputs['weights'][0]), store=bytes_per_device(store),
+      weights=bytes_per_device(dry.outputs['weights']), store=bytes_per_device(store),
       own=tuple(map(bytes_per_device, [own, *dry.outputs.get('grow', [])])),
       slots=bytes_per_device(slots), windows=tuple(dry.windows), steps=dry._steps,
       programs=dry.programs)

@@ -222,7 +222,10 @@ def _resident(made, widest, mesh):
   held.update(frozen)
   if made.keeps_start and 'base' not in frozen:  # under adapters the base is the reference
     held['reference'] = dry_run.bytes_per_device(made.shapes('reference'))
-  held['optimizer state'] = dry_run.bytes_per_device(state) - trained_bytes
+  follower = dry_run.bytes_per_device(state.reference)
+  if follower:
+    held['reference'] = follower
+  held['optimizer state'] = dry_run.bytes_per_device(state) - trained_bytes - follower
   held['one batch'] = dry_run.bytes_per_device(dry_run.place(widest.batch, mesh))
   return held
 

@@ -223,10 +223,8 @@ class StageRun:
     """Returns where the stage's batches come from."""
     config, door = self._config, self._data.doors[self.plan.stage.index]
     if self.bound.own_turn is not None:
-      draw = self._sampler('policy', dataclasses.replace(
-          assembly.sampling_options(config, self._policy), group_size=1))
-      return offline.MixedSource(door, draw, self.bound.own_turn, seed=config.seed,
-                                 mesh=self._mesh)
+      return offline.MixedSource(door, self._sampler(*self.drawn_by()['policy']),
+                                 self.bound.own_turn, seed=config.seed, mesh=self._mesh)
     if not self.plan.online:
       return offline.OfflineSource(door, mesh=self._mesh)
     samplers = {name: self._sampler(*who) for name, who in self.drawn_by().items()}
@@ -251,6 +249,8 @@ class StageRun:
   def drawn_by(self):
     """Sampler's name -> (role of the model, SamplingOptions): who may be asked for completions."""
     options = assembly.sampling_options(self._config, self._policy)
+    if self.bound.own_turn is not None:
+      options = dataclasses.replace(options, group_size=1)
     found = {'policy': ('policy', options)}
     if 'greedy_rewards' in self._arguments:
       found['greedy'] = 'policy', dataclasses.replace(options, temperature=0.0, group_size=1)

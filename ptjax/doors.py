@@ -25,6 +25,7 @@ from ptjax.data import tokenizer as tokenizers
 from ptjax.data import unpaired
 from ptjax.evaluation import tasks
 from ptjax.rewards import combine
+from ptjax.training import recipes
 from ptjax.training import scoring
 
 
@@ -75,8 +76,12 @@ def load_data(config, plans, policy, *, parts=1, mesh=None):
         rewards = _load_rewards(plan, task, rows, **placed)
     if plan.online:
       _check_steps(plan, rewards)
+      _check_judge(plan, rewards)
     else:
       held_out[plan.stage.index] = _load_held_out(plan, policy)
+  if config.judge is not None and judge is None:
+    raise settings.UserError(f'--judge={config.judge}: no stage of --algo={config.algo} compares '
+                             'completions')
   return Data(doors, {k: v for k, v in held_out.items() if v is not None}, rewards,
               _evaluation_task(config, policy, task, rewards, measured=any(held_out.values())),
               judge)
@@ -171,6 +176,22 @@ def _check_steps(plan, rewards):
   if rewards is None or not any(hasattr(c.function, 'take_steps') for c in rewards.components):
     raise settings.UserError(f'--algo={plan.row.name}: needs rewards of steps; name a process '
                              'reward model with --reward=process:DIR (--algo=prm trains one)')
+
+
+def _check_judge(plan, rewards):
+  """Raises UserError for a judge of pairs whose verdicts a method cannot use."""
+  config, recipe = plan.config, recipes.RECIPES[plan.row.recipe]
+  if config.judge is None or recipe.compares:
+    return
+  estimator = plan.bind().estimator
+  names = () if estimator is None else inspect.signature(estimator).parameters
+  alone = {'greedy_rewards', 'optimal_values'} & set(names)
+  if rewards is not None or alone or config.rollout.group_size < 2:
+    why = ('it goes by the rewards' if rewards is not None else
+           'its baseline needs rewards of single completions' if alone else
+           f'rollout.group_size={config.rollout.group_size} leaves it nothing to compare')
+    raise settings.UserError(f'--judge={config.judge}: {plan.row.name} would not ask it, for {why}; '
+                             '--reward=judge:... rates completions one by one')
 
 
 def _load_rewards(plan, task, rows, *, policy, mesh):

@@ -177,8 +177,7 @@ class Collector:
                      mask_truncated=self.mask_truncated,
                      reuse_log_probs=self.rollout.reuse_log_probs)
     batch.inputs.update(drawn.known)
-    judged = self.reward_set is None and self.judge is not None  # win rates are the rewards then
-    total = self._compare(drawn) if self.recipe.compares or judged else table.total
+    total = self._compare(drawn) if self.recipe.compares and not self._judged else table.total
     if self.recipe.privileged is not None:
       batch.inputs.update(self._shown(drawn, total))
     clock.lap('reward')
@@ -200,7 +199,7 @@ class Collector:
       gates = rollout_metrics.of_gate(found, group)
     clock.lap('log_probs')
     metrics = {
-        **self._metrics(first, clock), **self._judged(), **counts, **gates, **clock.laps,
+        **self._metrics(first, clock), **self._asked(), **counts, **gates, **clock.laps,
         'epoch': self.door.epoch(index)}
     samples = self._samples(_repeat(drawn.prompts.texts, group), drawn.completions, table, rollouts,
                             batch)
@@ -212,6 +211,10 @@ class Collector:
     clock.lap('rollout')
     completions = texts(rollouts, self.tokenizer)
     table = self._score(prompts, rollouts, completions)
+    if self._judged:  # win rates are the rewards
+      wins = self._compare(resampling.Drawn(prompts, rollouts, known, completions, table, None))
+      table = dataclasses.replace(table, names=('judge',), values=wins[:, None], total=wins,
+                                  scored=~np.isnan(wins))
     merits = np.where(table.scored, table.total, np.nan)
     if self.overlong_tokens and self.reward_set is not None:
       table = with_overlong_penalty(table, rollouts, self.overlong_tokens)
@@ -294,7 +297,11 @@ class Collector:
   def _estimator_names(self):
     return () if self.estimator is None else inspect.signature(self.estimator).parameters
 
+  @property
   def _judged(self):
+    return self.reward_set is None and self.judge is not None
+
+  def _asked(self):
     """What the judge counted: `judge/asked`, `cached`, `failed`, `unreadable`."""
     report = self.judge.take_report() if hasattr(self.judge, 'take_report') else {}
     return {f'judge/{name}': count for name, count in report.items()}

@@ -1,9 +1,7 @@
 """Judges: verdicts from replies, both orders, a cache, and a server that misbehaves."""
 
-import contextlib
-import http.server
-import json
-import threading
+import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,9 @@ from ptjax import config
 from ptjax.rewards import endpoint
 from ptjax.rewards import judge
 from ptjax.rewards import verdicts
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import endpoints
 
 
 def _answers(question):
@@ -123,50 +124,6 @@ def test_a_torn_cache_costs_one_verdict_and_garbage_is_not_kept(tmp_path):
 # --- the endpoint
 
 
-@contextlib.contextmanager
-def _server(behave):
-  """Serves `behave(question, attempt) -> (status, headers, bytes)`, or None to say nothing."""
-  attempts, lock, over = {}, threading.Lock(), threading.Event()
-
-  class Handler(http.server.BaseHTTPRequestHandler):
-
-    def do_POST(self):
-      body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-      question = body['messages'][0]['content']
-      with lock:
-        attempts.setdefault(question, []).append((self.path, self.headers['Authorization'], body))
-        number = len(attempts[question])
-      answer = behave(question, number)
-      if answer is None:
-        over.wait(10)
-        return
-      status, headers, content = answer
-      with contextlib.suppress(OSError):
-        self.send_response(status)
-        for name, value in headers.items():
-          self.send_header(name, value)
-        self.send_header('Content-Length', str(headers.get('Content-Length', len(content))))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *unused):
-      pass
-
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  server.daemon_threads = True
-  threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-  try:
-    yield f'http://127.0.0.1:{server.server_port}/v1', attempts
-  finally:
-    over.set()
-    server.shutdown()
-    server.server_close()
-
-
-def _reply(text):
-  return 200, {}, json.dumps({'choices': [{'message': {'content': text}}]}).encode()
-
-
 def _ask(url, questions, **options):
   waits = []
   ask = endpoint.Endpoint(**{'url': url, 'model': 'm', 'timeout_seconds': 0.2, 'retries': 3,
@@ -176,7 +133,7 @@ def _ask(url, questions, **options):
 
 def test_replies_come_in_order_with_key_and_model(monkeypatch):
   monkeypatch.setenv('OPENAI_API_KEY', 'secret')
-  with _server(lambda question, attempt: _reply(question.upper())) as (url, attempts):
+  with endpoints.serve(lambda question, attempt: endpoints.reply(question.upper())) as (url, attempts):
     questions = [f'question {i}' for i in range(20)]
     replies, waits = _ask(url + '/', questions, temperature=0.5, max_tokens=7,
                           timeout_seconds=10.0)
@@ -200,8 +157,8 @@ _TROUBLE = {
 
 @pytest.mark.parametrize('trouble', _TROUBLE)
 def test_trouble_passes_with_retries(trouble):
-  behave = lambda question, attempt: _TROUBLE[trouble] if attempt < 3 else _reply('[[A]]')
-  with _server(behave) as (url, attempts):
+  behave = lambda question, attempt: _TROUBLE[trouble] if attempt < 3 else endpoints.reply('[[A]]')
+  with endpoints.serve(behave) as (url, attempts):
     replies, waits = _ask(url, ['q'])
   assert replies == ['[[A]]'] and len(attempts['q']) == 3
   if trouble == 'a wait':
@@ -211,8 +168,8 @@ def test_trouble_passes_with_retries(trouble):
 
 
 def test_what_never_answers_is_given_up_and_the_rest_counts():
-  behave = lambda question, attempt: _reply('[[A]]') if question == 'good' else (503, {}, b'')
-  with _server(behave) as (url, attempts):
+  behave = lambda question, attempt: endpoints.reply('[[A]]') if question == 'good' else (503, {}, b'')
+  with endpoints.serve(behave) as (url, attempts):
     replies, waits = _ask(url, ['bad', 'good'], retries=2)
     assert replies == [None, '[[A]]'] and len(attempts['bad']) == 3 and len(waits) == 2
     with pytest.raises(config.UserError, match='answered none of 1 questions: HTTP 503'):
@@ -222,12 +179,12 @@ def test_what_never_answers_is_given_up_and_the_rest_counts():
 
 
 def test_a_refusal_is_not_asked_again():
-  with _server(lambda q, n: (404, {}, b'no model m')) as (url, attempts):
+  with endpoints.serve(lambda q, n: (404, {}, b'no model m')) as (url, attempts):
     with pytest.raises(config.UserError, match="refuses model 'm': HTTP 404 .*no model m"):
       _ask(url, ['q'])
     assert len(attempts['q']) == 1
-  behave = lambda q, n: (400, {}, b'too long') if q == 'long' else _reply('fine')
-  with _server(behave) as (url, attempts):  # one question's own fault
+  behave = lambda q, n: (400, {}, b'too long') if q == 'long' else endpoints.reply('fine')
+  with endpoints.serve(behave) as (url, attempts):  # one question's own fault
     assert _ask(url, ['long', 'short'])[0] == [None, 'fine']
     assert len(attempts['long']) == 1
 

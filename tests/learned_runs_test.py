@@ -15,6 +15,7 @@ from ptjax.models import presets
 from ptjax.models import transformer
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import endpoints
 import job_runs
 
 STANDARD_ERRORS = 4.0  # of the difference; chance alone passes one run in 30 000
@@ -100,8 +101,49 @@ def test_rewards_of_steps_teach_grpo(trained, compile_cache):
   assert _rise(run, 60, 'process') > STANDARD_ERRORS
 
 
+def _likes_sevens(question, attempt):
+  """A judge's server: the answer with more sevens wins, and now and then it is out of order."""
+  if attempt == 1 and len(question) % 5 == 0:
+    return 503, {'Retry-After': '0'}, b'busy'
+  part = lambda name: question.split(f'[Answer {name}]')[1].split(f'[End of answer {name}]')[0]
+  a, b = part('A').count('7'), part('B').count('7')
+  return endpoints.reply('[[A]]' if a > b else '[[B]]' if b > a else '[[C]]')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('algo', ['nash_md', 'rlaif'])
+def test_a_judge_over_http_teaches(trained, compile_cache, algo):
+  with endpoints.serve(_likes_sevens) as (url, attempts):
+    spec = f'{url}(model="m", cache="{trained / ("verdicts_" + algo)}")'
+    run = _launch(trained, algo, trained / 'sft' / 'model', trained / 'prompts.jsonl',
+                  f'--algo={algo}', f'--judge={spec}', steps=16, cache=compile_cache,
+                  rollout__num_prompts=10, rollout__group_size=4, log__samples_every=1,
+                  log__samples=40)
+  records = [m for m in job_runs.metrics(run) if 'judge/asked' in m]
+  assert len(records) == 16 and sum(m['judge/asked'] for m in records) == len(attempts)
+  assert not any(f'judge/{what}' in m for m in records for what in ('failed', 'unreadable'))
+  sevens = lambda step: np.array([row['completion'].count('7') for row in job_runs.samples(run)
+                                  if row['step'] == step], float)
+  first, last = sevens(1), sevens(16)
+  error = np.sqrt(first.var(ddof=1) / first.size + last.var(ddof=1) / last.size)
+  assert last.mean() - first.mean() > STANDARD_ERRORS * error, (first.mean(), last.mean(), error)
+
+
 def test_a_method_of_steps_refuses_rewards_of_wholes(tmp_path, compile_cache, capsys):
   model = job_runs.export_model(tmp_path / 'model')
   argv = job_runs.arguments(model, tmp_path / 'run', compile_cache, '--algo=grpo_process')
   assert job_runs.launch_here(argv) == 2
   assert 'needs rewards of steps' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('more, message', [
+    (('--algo=grpo', '--reward=length'), 'grpo would not ask it, for it goes by the rewards'),
+    (('--algo=remax',), 'its baseline needs rewards of single completions'),
+    (('--algo=reinforce_pp', '--set=rollout.group_size=1'), 'leaves it nothing to compare'),
+    (('--algo=sft',), 'no stage of --algo=sft compares completions')])
+def test_a_judge_that_nothing_would_ask_is_refused(tmp_path, compile_cache, capsys, more, message):
+  model = job_runs.export_model(tmp_path / 'model')
+  code = job_runs.launch_here([
+      *more, f'--model={model}', f'--out_dir={tmp_path / "run"}',
+      '--judge=http://localhost:1/v1(model="m")', f'--set=log.compile_cache={compile_cache}'])
+  assert code == 2 and message in capsys.readouterr().err

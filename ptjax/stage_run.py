@@ -73,40 +73,40 @@ class StageRun:
     if role == 'teacher':
       found = hub.param_shapes(self._policies[role].config)
       return _with_shardings(found, self._place(found))
-    return self._whole_shapes
+    return self._model_shapes
 
   def frozen_shapes(self):
     """Shapes and shardings of the trees that take part in a step without training."""
-    found = {'base': self._whole_shapes} if self._config.lora.rank else {}
+    found = {'base': self._model_shapes} if self._config.lora.rank else {}
     return {**found, **{role: self.shapes(role) for role in self._frozen_roles}}
 
   def begin(self, params):
     """Returns the state before the first step, from the model's parameters (or None: load them)."""
     if params is None:
       params = self._policy.load(self._place)
+    model = params  # what stays frozen has no critic
     if self._has_critic:
       params = {**params, 'critic': jax.jit(
           self._init_critic, out_shardings=self._place(self._whole_shapes['critic']))(params)}
     if self.keeps_start:
-      reference.save_params(self._folder / 'params', params)
+      reference.save_params(self._folder / 'params', model)
     self._load_frozen()
-    self._attach_reference(params)
+    self._attach_reference(model)
     lora = self._config.lora
     key = keys.stream(self._config.seed, 'lora', self.plan.stage.index)
     if lora.rank:
-      self._start = params
-      self._frozen['base'] = params
+      self._start = self._frozen['base'] = model
       params = jax.jit(lambda p, k: trained.start(lora, p, k)[0],
                        out_shardings=self._shardings.params)(params, key)
     elif self.keeps_start:
-      self._start = jax.tree.map(jnp.copy, params)
+      self._start = jax.tree.map(jnp.copy, model)
     self._teach_self()
     return jax.jit(self._init, out_shardings=self._shardings, donate_argnums=0)(params)
 
   def resume(self, step):
     """Gets everything but the state, which comes from a checkpoint, as it was after `step` steps."""
     if self.keeps_start:
-      self._start = reference.load_params(self._folder / 'params', self._whole_shapes)
+      self._start = reference.load_params(self._folder / 'params', self._model_shapes)
       if self._config.lora.rank:
         self._frozen['base'] = self._start
       rollouts = -(-int(step) // self.plan.updates_per_rollout)  # begun by then

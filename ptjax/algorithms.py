@@ -164,7 +164,8 @@ _ROWS = (
             recipe='two by two', data='pairs of completions of a prompt'),
     _online('nash_md', sequence.nash_md_loss, '2312.00886, Nash learning',
             models=('reference', 'judge'), advantage=advantage.win_margin,
-            recipe='against a mixture', data='judged against samples of a mixture with the reference'),
+            recipe='against a mixture',
+            data='judged against samples of a mixture with the reference'),
     # Preferences on the policy's own samples.
     _pairs('online_dpo', link.dpo_loss, '2402.04792, online AI feedback', 'TRL DPO sigmoid',
            door='prompts', models=('reference', 'judge'), recipe='best against worst',

@@ -143,7 +143,8 @@ def _read_examples(plan, policy, rows):
     return stepwise.read(rows, policy.tokenizer, **arguments)
   columns = set(rows.columns)
   if 'chosen' in columns and not columns & {'completion', 'messages'}:
-    pairs = preferences.read(rows, policy.tokenizer, **arguments)  # what was chosen is worth imitating
+    # What was chosen is worth imitating.
+    pairs = preferences.read(rows, policy.tokenizer, **arguments)
     return dataclasses.replace(pairs, completions=[group[:1] for group in pairs.completions])
   return demonstrations.read(rows, policy.tokenizer, turns=config.data.turns, **arguments)
 
@@ -236,8 +237,8 @@ def _evaluation_task(config, policy, task, rewards, *, measured):
   if kind is not None:
     made = tasks.make(kind, rows)
     if scores and ('score',) not in made.needs:
-      raise settings.UserError(f'--eval_dataset={name}: a reward model writes nothing; give it rows '
-                               'with `chosen` and `rejected`')
+      raise settings.UserError(f'--eval_dataset={name}: a reward model writes nothing; give it '
+                               'rows with `chosen` and `rejected`')
     return made
   if rewards is None:
     raise settings.UserError(

@@ -12,8 +12,8 @@ from ptjax.training import recipes
 from ptjax.training import step as training_step
 
 # What all stages of a run share.
-_SHARED = ('algo', 'model', 'model_settings', 'teacher', 'judge', 'reward', 'rewards', 'seed', 'out_dir',
-           'resume', 'mesh', 'stages', 'warm_start', 'checkpoint', 'log', 'eval')
+_SHARED = ('algo', 'model', 'model_settings', 'teacher', 'judge', 'reward', 'rewards', 'seed',
+           'out_dir', 'resume', 'mesh', 'stages', 'warm_start', 'checkpoint', 'log', 'eval')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,10 +166,11 @@ def check_inputs(plan):
   if plan.row.door != 'prompts':
     recorded.add('demonstration')
   recorded |= set(recipes.RECIPES[plan.row.recipe].gives)
-  baselines = {'old_values', 'rewards', 'reward_components', 'group_size', 'greedy_rewards', 'optimal_values',
-               'step_rewards', 'outcome_rewards'}
-  to_loss = recorded | {'old_values', 'returns', 'loss_state', 'key', 'advantages', 'rewards', 'teacher_log_probs',
-                'from_rollouts', 'imitated', 'off_policy', 'imitation_weights'}  # a gate's, the last four
+  baselines = {'old_values', 'rewards', 'reward_components', 'group_size', 'greedy_rewards',
+               'optimal_values', 'step_rewards', 'outcome_rewards'}
+  to_loss = recorded | {
+      'old_values', 'returns', 'loss_state', 'key', 'advantages', 'rewards', 'teacher_log_probs',
+      'from_rollouts', 'imitated', 'off_policy', 'imitation_weights'}  # a gate's, the last four
   for arguments in training_step.MODEL_OUTPUTS.values():
     to_loss |= set(arguments)
   for function, offered in ((bound.loss, to_loss),

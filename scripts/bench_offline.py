@@ -101,9 +101,10 @@ def make_model(job, folder):
   backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
   tokenizer = transformers.PreTrainedTokenizerFast(
       tokenizer_object=backend, pad_token='<pad>', eos_token='<eos>', unk_token='<unk>')
-  # As a Llama: `transformers` gives every Qwen2 directory Qwen's own tokenizer, whatever lies there.
+  # As a Llama: `transformers` gives every Qwen2 directory Qwen's own tokenizer, whatever is there.
   model = presets.get(
-      'tiny', family='llama', qkv_bias=False, num_layers=job.layers, width=job.width, num_heads=job.heads,
+      'tiny', family='llama', qkv_bias=False, num_layers=job.layers, width=job.width,
+      num_heads=job.heads,
       num_kv_heads=job.kv_heads, mlp_width=job.mlp, vocab_size=job.vocab)
   params = jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(job.seed))
   hub.export(folder, model, params, tokenizer)

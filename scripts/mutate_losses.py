@@ -80,7 +80,8 @@ class _Selection:
     if item.get_closest_marker('slow'):
       return False
     case = arguments.get('case')
-    names = {getattr(getattr(case, part, None), '__name__', None) for part in ('loss', 'divergence')}
+    names = {getattr(getattr(case, part, None), '__name__', None)
+             for part in ('loss', 'divergence')}
     return not self.affected or names == {None} or bool(names & self.affected)
 
 
@@ -149,7 +150,8 @@ def start_tests(tree, tests, affected=()):
     os.environ['PYTHONPATH'] = str(tree)
     sys.path.insert(0, str(tree))
     code = int(sys.modules['pytest'].main(
-        ['-x', '-q', '-m', '', '--tb=line', '-p', 'no:cacheprovider', '-p', 'no:hypothesispytest', *tests],
+        ['-x', '-q', '-m', '', '--tb=line', '-p', 'no:cacheprovider',
+         '-p', 'no:hypothesispytest', *tests],
         plugins=[_Selection(affected)]))
   except BaseException:
     traceback.print_exc()

@@ -307,7 +307,7 @@ def _load_hub(name):
   rest, _, split = name.partition('@')
   path, _, configuration = rest.partition(':')
   near = difflib.get_close_matches(path, TASKS, n=1)
-  also = (f'; nor is there a file or folder of that name'
+  also = ('; nor is there a file or folder of that name'
           + (f'; did you mean the built-in task {near[0]}?' if near else
              f' (built-in tasks: {", ".join(TASKS)})'))
   if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', path):

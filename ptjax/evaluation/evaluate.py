@@ -10,7 +10,6 @@ import math
 from typing import Callable
 
 from ptjax import config
-from ptjax.evaluation import intervals
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -122,7 +122,8 @@ def _arrays():
       'step_labels': np.repeat((REWARDS >= 0.5)[:, None], T, 1) | (np.arange(T) < 2),
       'step_mask': mask & (np.arange(T) % 2 == 1),
       # Rewards of steps that end with every second token and with the completion; NaN elsewhere.
-      'step_rewards': np.where(mask & ((np.arange(T) % 2 == 1) | (np.arange(T) == LENGTHS[:, None] - 1)),
+      'step_rewards': np.where(mask & ((np.arange(T) % 2 == 1)
+                                       | (np.arange(T) == LENGTHS[:, None] - 1)),
                                (0.3 * REWARDS[:, None] + np.arange(T) * 0.7) % 1.0, np.nan),
       'outcome_rewards': REWARDS}
 

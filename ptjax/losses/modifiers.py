@@ -179,7 +179,8 @@ def corrected_kl(loss):
 def kl(loss):
   """Adds kl_coefficient · KL to the reference, estimated by k1, k2 or k3; per sequence.
 
-  It takes the place of the loss's own term, if that has one. Source of the estimators: Schulman, *Approximating KL divergence*, 2020.
+  It takes the place of the loss's own term, if that has one. Source of the estimators: Schulman,
+  *Approximating KL divergence*, 2020.
   """
   def modified(log_probs, *, reference_log_probs, loss_mask, kl_coefficient=0.04,
                kl_estimator='k3', **inputs):

@@ -120,7 +120,8 @@ def _capped(x, cap):
 
 def shared_prefix(pair):
   """Cuts both masks to their first min(n_chosen, n_rejected) tokens (LD-DPO)."""
-  return _shared_length(pair, lambda mask, count: mask & (jnp.cumsum(mask, axis=1) <= count[:, None]))
+  return _shared_length(
+      pair, lambda mask, count: mask & (jnp.cumsum(mask, axis=1) <= count[:, None]))
 
 
 def shared_sample(key, pair):

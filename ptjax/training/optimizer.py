@@ -4,8 +4,8 @@ import jax
 import optax
 
 # Last path components of the leaves that do not decay unless the user asks for it: shrinking a
-# norm's scale, a bias or DoRA's magnitudes regularises nothing, and an embedding row decays on every
-# step although its token is rarely seen.
+# norm's scale, a bias or DoRA's magnitudes regularises nothing, and an embedding row decays on
+# every step although its token is rarely seen.
 _NOT_DECAYED = ('scale', 'bias', 'embedding', 'magnitude')
 
 

@@ -240,7 +240,7 @@ class Recipe:
   gives: tuple[str, ...] = ()  # inputs of the loss that are this recipe's own
   group_multiple: int = 1  # the group size must be one of it
   least_group: int = 1
-  renews_reference: bool = False  # the policy becomes the reference with every pass over the prompts
+  renews_reference: bool = False  # the policy becomes the reference with every pass over prompts
   extra_rollouts: int = 0  # of other prompts, for groups of equal rewards (see resampling)
   overlong_fraction: float = 0.0  # of the longest completion, over which a penalty grows to 1
 

@@ -218,7 +218,8 @@ def test_a_judge_sees_both_orders(characters):
           {'prompt': 'a ', 'chosen': 'longer', 'rejected': 'bad'}]
   eos = characters.eos_token
   def read(**limits):
-    return preferences.read(rows, characters, both_orders=True, limits=examples_lib.Limits(**limits))
+    return preferences.read(
+        rows, characters, both_orders=True, limits=examples_lib.Limits(**limits))
   found = read()
   assert _texts(found, characters) == [
       ('<bos>a ', f'good{eos}bad{eos}', f'bad{eos}good{eos}'),

@@ -64,7 +64,7 @@ def test_early_tokens_weigh_up_to_one_and_a_half():
 
 
 def test_minillm_splits_the_reverse_kl_of_a_response():
-  """Undivided by lengths, its gradient is that of KL(π || teacher) over all responses of 2 tokens."""
+  """Undivided by lengths, its gradient is that of KL(π || teacher) over all 2-token responses."""
   rng = np.random.default_rng(1)
   logits, teacher = rng.normal(size=(2, 1 + V, V))  # of the first token; of the second after each
   written = np.stack(np.divmod(np.arange(V * V), V), axis=1)  # [V², 2], every response

@@ -1,6 +1,5 @@
 """Advantage estimates: golden values, loops in float64, ties, missing rewards, bad groups."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""No implicit promotion of dtypes in this room: a float64 or an integer that slips in is a fault."""
+"""No implicit promotion of dtypes in this room: a float64 or integer that slips in is a fault."""
 
 import jax
 import pytest

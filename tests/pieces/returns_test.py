@@ -1,6 +1,5 @@
 """Returns and advantages in time, against loops over tokens."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -37,7 +37,7 @@ class PackedDoor:
       batch_size: examples per batch, on average; None where `tokens_per_batch` says it.
       tokens_per_batch: tokens per batch at most (but one row at least), padding included.
       tokens: S, width of a row; None: just above the longest example, or, where that leaves much
-        room, twice that, and so on up to 512.
+        room, twice that, and so on up to 512 while there are rows enough for every step.
       multiple: what the number of rows must be a multiple of (devices x micro-batches).
       seed: of the order; None keeps the order of equally long examples.
       fill: id that fills padding; never read.
@@ -64,14 +64,14 @@ class PackedDoor:
       row = examples.row_ids[int(self._lengths.argmax())] + 1
       raise config.UserError(f'data.packed_tokens={tokens}: row {row} has {longest} tokens; raise '
                              'it, or lower data.max_prompt_tokens or rollout.max_completion_tokens')
-    self.width = _choose_width(self._lengths) if tokens is None else tokens
+    steps = 1 if batch_size is None else math.ceil(len(examples) / batch_size)
+    self.width = tokens or _choose_width(self._lengths, least=steps * multiple)
     self._order = order_lib.Order(len(examples), 1, seed, name, mixture=examples.mixture)
     self._shuffle = functools.partial(self._order.generator, 2)
     rows = len(_fit(self._lengths[self._order.permutation(0)], self.width))
     if tokens_per_batch is not None:
       self.rows_per_batch = max(multiple, tokens_per_batch // self.width // multiple * multiple)
     else:
-      steps = math.ceil(len(examples) / batch_size)
       self.rows_per_batch = math.ceil(rows / steps / multiple) * multiple
     self._starts = [0]  # first step of each epoch, as far as known
     self._plan = functools.lru_cache(maxsize=2)(self._pack)
@@ -219,9 +219,10 @@ def _fit(lengths, width):
   return [np.array(row, np.int64) for row in rows]
 
 
-def _choose_width(lengths):
+def _choose_width(lengths, least):
+  """The width of rows, such that there are at least so many if there are so many examples."""
   width = -(-int(lengths.max()) // 8) * 8
-  while width * 2 <= _WIDEST and (
-      lengths.sum() < _FILLED * width * len(_fit(lengths, width))):
+  while width * 2 <= _WIDEST and lengths.sum() < _FILLED * width * len(_fit(lengths, width)) and (
+      len(_fit(lengths, width * 2)) >= least):
     width *= 2
   return width

@@ -51,6 +51,15 @@ def _sequences(batch):
              [(int(p) - at[0], int(t)) for p, t in targets if at[0] <= p <= at[-1]])
 
 
+def test_few_short_examples_still_make_as_many_steps_as_asked_for():
+  short = _examples(16, longest=8)
+  door = packing.PackedDoor(short, batch_size=8)
+  assert door.steps_per_epoch == 2 and door.rows_per_batch >= 1
+  assert packing.PackedDoor(short, batch_size=16).steps_per_epoch == 1
+  parts = packing.PackedDoor(short, batch_size=8, multiple=4)
+  assert parts.steps_per_epoch == 2 and parts.rows_per_batch % 4 == 0
+
+
 @pytest.mark.parametrize('masked', [False, True])
 @pytest.mark.parametrize('multiple', [1, 4])
 def test_every_example_comes_once_per_epoch_whole(masked, multiple):

@@ -14,6 +14,8 @@ EQUIVALENT = (
     ('modifiers.py',
      'return jax.lax.stop_gradient(denominator.sequence(old, rollout, loss_mask)[:, 0])', '0',
      'every token of a sequence holds the same number'),
+    ('advantage.py', 'return ~_tied(masking.in_groups(rewards, group_size))[:, 0]', '0',
+     'there is one column, and JAX clamps an index beyond it'),
     ('stabilization.py',
      'most = max(int(fraction * scores.size), 1)  # static, and no smaller than count', '1',
      'a static size; of what is taken, the count decides what counts'),

@@ -177,6 +177,19 @@ def test_prm_is_cross_entropy_at_the_separators(soft):
   np.testing.assert_allclose(metrics['accuracy'], right[mask].mean())
 
 
+def test_prm_of_a_single_step_and_of_none():
+  logits, mask = step_arrays()
+  one = np.zeros_like(mask)
+  one[0, 1] = True
+  for steps in (one, np.zeros_like(mask)):
+    loss, metrics = reward_model.prm_loss(
+        jnp.asarray(logits), step_labels=jnp.ones(mask.shape), step_mask=jnp.asarray(steps))
+    good = logits[0, 1, 1] - logits[0, 1, 0]
+    want = np.log1p(np.exp(-good)) if steps.any() else 0.0
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    assert float(metrics['accuracy']) == float(steps.any() and good > 0)
+
+
 def test_prm_scores_are_the_minimum_and_the_product_over_steps():
   logits, mask = step_arrays()
   mask = np.concatenate([mask, np.zeros((1, T), bool)])

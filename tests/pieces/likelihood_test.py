@@ -15,7 +15,8 @@ B, T = 3, 4
 LOG_PROBS, RATIO, VALUE = rng.normal(size=(3, B, T)).astype(np.float32)
 ADVANTAGES = np.array([1.0, -2.0, 0.5], np.float32)
 MASK = np.arange(T)[None] < np.array([[2], [4], [0]])
-STABLE = rng.random((B, T)) < 0.6
+# Means over tokens and over sequences of it differ.
+STABLE = np.array([[0, 0, 1, 1], [1, 1, 1, 0], [1, 0, 1, 0]], bool)
 pieces = dict(advantages=ADVANTAGES, ratio=RATIO, stable=STABLE, reduce=reduction.token_mean)
 
 

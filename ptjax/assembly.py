@@ -20,6 +20,7 @@ from ptjax import sharding
 from ptjax import stages
 from ptjax import types
 from ptjax.data import arithmetic
+from ptjax.data import chat
 from ptjax.data import prompts as prompt_door
 from ptjax.data import tokenizer as tokenizers
 from ptjax.evaluation import evaluate as evaluation
@@ -153,7 +154,7 @@ def load_policy(config, *, num_labels=0):
   if config.model in presets.names():
     task = config.dataset.partition(':')[0].partition('@')[0]
     alphabet = arithmetic.ALPHABET if task == 'arithmetic' else tokenizers.PRINTABLE
-    tokenizer = tokenizers.characters(alphabet)
+    tokenizer = chat.with_template(tokenizers.characters(alphabet), config.data.chat_template)
     sizes = {'vocab_size': len(tokenizer)} if config.model == settings.Config.model else {}
     model = presets.get(config.model, **sizes, **dtypes)
 
@@ -162,7 +163,7 @@ def load_policy(config, *, num_labels=0):
       return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key)))(key)
     return Policy(model, tokenizer, tokenizers.eos_ids(tokenizer), init)
   model = hub.load_config(config.model, **dtypes)
-  tokenizer = hub.load_tokenizer(config.model)
+  tokenizer = chat.with_template(hub.load_tokenizer(config.model), config.data.chat_template)
   stop_ids = hub.load_stop_ids(config.model, tokenizer)
   if not stop_ids:
     tokenizers.eos_ids(tokenizer)  # says what is missing

@@ -76,6 +76,7 @@ class DataSettings:
   columns: dict = dataclasses.field(default_factory=dict)  # ours -> the file's column name
   limit: int | None = None  # rows read at most
   max_prompt_tokens: int = 512
+  chat_template: str | None = None  # Jinja file, for models that have none; None: the tokenizer's
   overlong: str = 'drop'  # what to do with a longer prompt: drop, truncate (its left end) or error
   turns: str = 'last'  # of conversations to imitate: the last assistant turn, or all of them
   packing: bool = True  # demonstrations: rows of several whole examples, without padding

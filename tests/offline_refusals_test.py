@@ -110,15 +110,18 @@ def test_a_teacher_with_another_vocabulary(refused, root):
 
 
 @pytest.mark.parametrize('turns', ['last', 'all'])
-def test_conversations_of_which_no_token_trains(refused, root, tmp_path, turns):
-  model = shutil.copytree(root / 'model', tmp_path / 'model')
-  (model / 'chat_template.jinja').write_text(
+def test_conversations_of_which_no_token_trains(refused, tmp_path, turns):
+  (tmp_path / 'chat.jinja').write_text(
       '{% for m in messages %}{% if m.role == "assistant" %}={% endif %}{{ m.content }}{% endfor %}'
       '{% if add_generation_prompt %}={% endif %}')
   rows = [{'messages': [{'role': 'user', 'content': '1+1'}]},
           {'messages': [{'role': 'user', 'content': '1+1'},
                         {'role': 'assistant', 'content': ''}]}]
-  message = refused('sft', rows, f'--model={model}', data__turns=turns)
+  said = {'messages': [*rows[0]['messages'], {'role': 'assistant', 'content': '2'}]}
+  assert 'name one with --set=data.chat_template=FILE.jinja' in refused('sft', [said])
+  missing = refused('sft', rows, data__chat_template='missing.jinja')
+  assert 'data.chat_template=missing.jinja: cannot be read' in missing
+  message = refused('sft', rows, data__turns=turns, data__chat_template='chat.jinja')
   assert 'nothing left to train on' in message and '2 dropped' in message, message
 
 

@@ -6,6 +6,7 @@ them and encodes the text again, which need not give the same ids.
 """
 
 from collections import abc
+import pathlib
 
 from ptjax import config
 
@@ -41,6 +42,20 @@ def not_a_prompt(value, where):
       f'not {_describe(value)}')
 
 
+def with_template(tokenizer, path):
+  """Gives a tokenizer the chat template of a Jinja file; None leaves it its own.
+
+  Raises:
+    UserError: no such file.
+  """
+  if path is not None:
+    try:
+      tokenizer.chat_template = pathlib.Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+      raise config.UserError(f'data.chat_template={path}: cannot be read ({error})') from error
+  return tokenizer
+
+
 def render(tokenizer, conversation, *, where, prompt=False):
   """Writes messages as text with the tokenizer's chat template.
 
@@ -56,8 +71,9 @@ def render(tokenizer, conversation, *, where, prompt=False):
   if not tokenizer.chat_template:
     raise config.UserError(
         f'{where} is a list of messages, but the tokenizer '
-        f'{tokenizer.name_or_path or "made in memory"} has no chat template; use a chat '
-        'model\'s tokenizer (chat_template in tokenizer_config.json), or give prompts as text')
+        f'{tokenizer.name_or_path or "made in memory"} has no chat template; name one with '
+        '--set=data.chat_template=FILE.jinja (the trained model keeps it), use a chat model\'s '
+        'tokenizer, or give prompts as text')
   continues = prompt and conversation[-1]['role'] == 'assistant'
   try:
     return tokenizer.apply_chat_template(

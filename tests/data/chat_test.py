@@ -146,8 +146,17 @@ def test_messages_need_a_template(gpt2):
   message = _error(chat.prompts, gpt2, ['text', [USER]], where=_where)
   assert message.startswith('file, row 2 is a list of messages, but the tokenizer ')
   assert message.endswith(
-      "tokenizers/gpt2 has no chat template; use a chat model's tokenizer (chat_template in "
-      'tokenizer_config.json), or give prompts as text')
+      'tokenizers/gpt2 has no chat template; name one with --set=data.chat_template=FILE.jinja (the '
+      "trained model keeps it), use a chat model's tokenizer, or give prompts as text")
+
+
+def test_a_template_of_the_users_own(tmp_path):
+  (tmp_path / 'chat.jinja').write_text(
+      '{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}')
+  tokenizer = chat.with_template(tokenizers.characters(), tmp_path / 'chat.jinja')
+  texts, _ = chat.prompts(tokenizer, [[USER]], where=_where)
+  assert texts == [f'<user>{USER["content"]}']
+  assert chat.with_template(tokenizers.characters(), None).chat_template is None
 
 
 def test_a_prompt_of_the_wrong_kind(qwen):

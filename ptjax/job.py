@@ -21,6 +21,7 @@ from ptjax.models import hub
 from ptjax.models import peft
 from ptjax.models import presets
 from ptjax.training import checkpoint
+from ptjax.training import compilations
 from ptjax.training import doctor
 from ptjax.training import loop
 from ptjax.training import metrics as metrics_files
@@ -82,7 +83,7 @@ class _Run:
   def __init__(self, config, folder, mesh, policies, plans, data):
     self._config, self._folder, self._mesh = config, folder, mesh
     self._policies, self._plans, self._data = policies, plans, data
-    self._compilations = loop.CompilationCounter()
+    self._compilations = compilations.Compilations()
     self._checkpointer = checkpoint.Checkpointer(
         folder.checkpoints, keep=config.checkpoint.keep,
         asynchronous=config.checkpoint.asynchronous)
@@ -174,8 +175,8 @@ class _Run:
       }, experience=pending)
 
     state, completed = loop.run(
-        stage, state, source, made.train_step(), record=self._record, save=save,
-        evaluate=evaluate, eval_every=config.eval.every_steps,
+        stage, state, source, self._compilations.watched(made.train_step()),
+        record=self._record, save=save, evaluate=evaluate, eval_every=config.eval.every_steps,
         checkpoint_every=config.checkpoint.every_steps,
         max_bad_steps=config.training.max_bad_steps, interrupt=interrupt,
         counters=self._counters)

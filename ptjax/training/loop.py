@@ -8,7 +8,6 @@ import threading
 import time
 
 import jax
-from jax import monitoring
 
 from ptjax import sharding
 
@@ -61,19 +60,6 @@ class Interrupt:
     del frame
     self.requested = True
     signal.signal(number, self._previous[number])
-
-
-class CompilationCounter:
-  """Counts XLA compilations of this process from its creation on."""
-
-  def __init__(self):
-    self.count = 0
-    monitoring.register_event_duration_secs_listener(self._note)
-
-  def _note(self, event, duration, **kwargs):
-    del duration, kwargs
-    if event == '/jax/core/compile/backend_compile_duration':
-      self.count += 1
 
 
 def run(stage, state, source, train_step, *, record, save, evaluate=None, eval_every=0,

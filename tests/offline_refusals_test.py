@@ -85,6 +85,8 @@ def refused(launch):
     ('dpo', [{'question': 'a', 'better': 'b', 'worse': 'c'}], [],
      ["need the columns 'chosen' and 'rejected'", "found 'question', 'better', 'worse'",
       '--set data.columns.chosen=']),
+    ('dpo', [{'prompt': 'a', 'text': 'b', 'reward': 1.0}], [],
+     ["found 'prompt', 'text', 'reward'", 'make_preferences.py --pairs=scored --dataset=rows.jsonl']),
     ('kto', [{'prompt': 'a', 'completion': 'b'}], [], ["'label'", 'data.columns.label=']),
     ('prm', [{'prompt': 'a', 'completion': 'b'}], [], ["'completions'", "'labels'"]),
     ('reward_margin', [PAIR], [], ["needs the column 'margins'", 'data.columns.margins=']),

@@ -39,6 +39,7 @@ _ALIASES = {
     'label': ('labels', 'is_desirable', 'rating'),
     'text': ('content', 'document'),
 }
+_SCORES = {'reward', 'score'}
 # The words that people have for a label.
 _LABELS = {'true': True, '1': True, '1.0': True, 'yes': True,
            'false': False, '0': False, '0.0': False, 'no': False}
@@ -147,10 +148,13 @@ def require(rows, door):
   for name in missing:
     known = [alias for alias in _ALIASES.get(name, ()) if alias in rows.columns]
     hints.append(f'--set data.columns.{name}={known[0] if known else "<your column>"}')
+  remedy = f'map yours with {" ".join(hints)}'
+  if door == 'preferences' and 'prompt' in rows.columns and _SCORES & set(rows.columns):
+    remedy = ('scored completions become pairs with scripts/make_preferences.py --pairs=scored '
+              f'--dataset={rows.name} --out=pairs.jsonl')
   raise config.UserError(
       f'{rows.name}: {_DOORS.get(door, door)} need the columns {expected}; found '
-      f'{", ".join(repr(name) for name in rows.columns) or "none"}; map yours with '
-      f'{" ".join(hints)}')
+      f'{", ".join(repr(name) for name in rows.columns) or "none"}; {remedy}')
 
 
 def number_column(rows, name):

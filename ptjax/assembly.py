@@ -120,6 +120,8 @@ def load_policies(config, plans, *, load=None):
   policies = {'policy': load(config, num_labels=labels.pop())}
   if any('teacher' in plan.row.models for plan in plans) and config.teacher is not None:
     policies['teacher'] = _load_teacher(config, policies['policy'], load)
+  elif any(recipes.RECIPES[plan.row.recipe].privileged for plan in plans):
+    policies['teacher'] = policies['policy']  # shown more than when it is the student
   return policies
 
 
@@ -203,6 +205,7 @@ def check(plans, model, mesh):
             f'{config.training.micro_batches}; make it a multiple of {pieces}')
       at_once = config.rollout.num_prompts // pieces
       name = 'rollout.num_prompts / (training.mini_batches x training.micro_batches)'
+      _check_rollouts(plan, recipe)
       if plan.row.advantage is not None and config.rollout.group_size < 2:
         _try_group_of_one(plan)
     else:
@@ -212,7 +215,6 @@ def check(plans, model, mesh):
       raise settings.UserError(
           f'{name} = {at_once:g} does not split over data x fsdp = {parts} devices '
           f'(mesh {dict(mesh.shape)}); make it a multiple of {parts}, or change --mesh')
-      _check_rollouts(plan, recipe)
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     if model.position == 'learned' and longest > model.max_length:
       raise settings.UserError(
@@ -224,15 +226,6 @@ def check(plans, model, mesh):
                              f'{model.num_kv_heads} key/value heads')
 
 
-def _try_group_of_one(plan):
-  """Raises UserError if the advantage needs other completions to compare with."""
-  try:
-    experience.estimate_advantages(
-        plan.bind().estimator, np.zeros(2), np.ones(2, bool),
-        group_size=1, loss_mask=np.ones((2, 1), bool), old_log_probs=np.zeros((2, 1)),
-        reference_log_probs=np.zeros((2, 1)))
-  except ValueError as error:
-    raise settings.UserError(f'rollout.group_size=1: {error}') from None
 def _check_rollouts(plan, recipe):
   """Raises UserError for groups and draws that the method's recipe cannot use."""
   size, name = plan.config.rollout.group_size, plan.row.name
@@ -251,6 +244,15 @@ def _check_rollouts(plan, recipe):
         f'rollout.max_completion_tokens={longest}')
 
 
+def _try_group_of_one(plan):
+  """Raises UserError if the advantage needs other completions to compare with."""
+  try:
+    experience.estimate_advantages(
+        plan.bind().estimator, np.zeros(2), np.ones(2, bool),
+        group_size=1, loss_mask=np.ones((2, 1), bool), old_log_probs=np.zeros((2, 1)),
+        reference_log_probs=np.zeros((2, 1)))
+  except ValueError as error:
+    raise settings.UserError(f'rollout.group_size=1: {error}') from None
 
 
 def sampling_options(config, policy):

@@ -340,7 +340,8 @@ def _stage_lines(stage, mesh, rates):
   rows = stage.rows
   yield ''
   if rows.packed:
-    yield (f'stage {stage.name}: {rows.prompts} packed rows of {rows.prompt_tokens} tokens, up to '
+    yield (f'stage {stage.name}: {rows.prompts} packed row' + 's' * (rows.prompts > 1)
+           + f' of {rows.prompt_tokens} tokens, up to '
            f'{rows.completion_tokens} of them targets')
   else:
     yield (f'stage {stage.name}: {rows.prompts} prompts x {rows.group_size}, up to '

@@ -167,5 +167,5 @@ def test_a_chain_is_planned_stage_by_stage(root, mesh):
   lines = [*planner._stage_lines(sft, mesh, planner.assumed_rates(model, mesh)),
            *planner._stage_lines(dpo, mesh, planner.assumed_rates(model, mesh))]
   text = '\n'.join(lines)
-  assert re.search(r'stage sft: \d+ packed rows of \d+ tokens, up to \d+ of them targets', text)
+  assert re.search(r'stage sft: \d+ packed rows? of \d+ tokens, up to \d+ of them targets', text)
   assert 'stage dpo: 8 prompts x 2, up to 8 + 8 tokens' in text

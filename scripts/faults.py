@@ -16,6 +16,8 @@ EQUIVALENT = (
      'every token of a sequence holds the same number'),
     ('advantage.py', 'return ~_tied(masking.in_groups(rewards, group_size))[:, 0]', '0',
      'there is one column, and JAX clamps an index beyond it'),
+    ('preference_gap.py', 'bounds.two_rows(chosen, WHOLE_BATCH)', 'chosen',
+     'both sides have been checked to have one shape'),
     ('stabilization.py',
      'most = max(int(fraction * scores.size), 1)  # static, and no smaller than count', '1',
      'a static size; of what is taken, the count decides what counts'),

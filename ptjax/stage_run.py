@@ -185,7 +185,7 @@ class StageRun:
     """Makes the policy the reference where a round begins, and keeps it for a resume."""
     number = self._round(index)
     if not index or number == self._round(index - 1):
-      return
+      return False
     self._start = jax.tree.map(jnp.copy, self.whole(params))
     reference.save_round(self._folder, number, self._start)
     checkpoints = self._config.checkpoint
@@ -193,6 +193,7 @@ class StageRun:
                                            self.plan.updates_per_rollout)))
     reference.drop_rounds(self._folder, oldest)
     self._teach_self()
+    return True
 
   @property
   def _frozen_roles(self):

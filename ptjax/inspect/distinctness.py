@@ -11,7 +11,7 @@ TWINS = 1e-9  # a cosine this close to 1 or -1 is no accident of the batch
 
 # The sets of rows whose gradients have one direction on any batch, or on this one, and why.
 SAME = (
-    (('sft', 'cpt', 'seqkd', 'ssd'), 'one loss on other text'),
+    (('sft', 'cpt', 'seqkd', 'ssd', 'raft'), 'one loss on other text'),
     (('online_dpo', 'spin', 'dpo', 'tr_dpo'), 'one loss on other pairs or another reference'),
     (('rlhf', 'rlaif'), 'one loss on rewards from another judge'),
     (('dr_grpo', 'sft_then_grpo'), 'one loss after another start'),

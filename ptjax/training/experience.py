@@ -167,8 +167,8 @@ class Collector:
   def __call__(self, params, index, loss_state=None):
     """Collects rollout number `index`, a pure function of `params`, `loss_state` and the seed."""
     clock = _Clock()
-    if self.renew is not None:
-      self.renew(params, index)
+    if self.renew is not None and self.renew(params, index):
+      self._optimal_values.clear()
     key = keys.stream(self.seed, 'rollout', index)
     first = self._draw(params, self.door.batch(index), key, clock)
     drawn, counts = self._resample(params, first, index, key, clock)
@@ -177,6 +177,8 @@ class Collector:
                      mask_truncated=self.mask_truncated,
                      reuse_log_probs=self.rollout.reuse_log_probs)
     batch.inputs.update(drawn.known)
+    if not self.recipe.own:  # nothing to compare the trainer with
+      del batch.inputs['rollout_log_probs']
     total = self._compare(drawn) if self.recipe.compares and not self._judged else table.total
     if self.recipe.privileged is not None:
       batch.inputs.update(self._shown(drawn, total))

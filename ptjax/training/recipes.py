@@ -231,6 +231,7 @@ def shown_a_success(drawn, completions, rewards, tokenizer):
 class Recipe:
   """How a batch is drawn and arranged."""
   draw: Callable = own_samples
+  own: bool = True  # whether the policy draws, so that its own log-probs should be the sampler's
   arrange: Callable = as_drawn
   privileged: Callable | None = None  # what a teacher, by default the policy, is shown of a prompt
   template: str = '{prompt}\n\n{privileged}'  # how it is shown
@@ -248,7 +249,8 @@ class Recipe:
 RECIPES = {
     'own samples': Recipe(),
     'own samples and demonstration': Recipe(draw=own_samples_and_demonstration),
-    "teacher's samples": Recipe(draw=teachers_samples, samplers=('teacher',)),
+    "teacher's samples": Recipe(
+        draw=teachers_samples, own=False, samplers=('teacher',)),
     'dynamic samples': Recipe(extra_rollouts=3, overlong_fraction=0.2),
     'best against worst': Recipe(
         arrange=best_against_worst, reads_rewards=True, compares=True, least_group=2),
@@ -261,7 +263,8 @@ RECIPES = {
         draw=own_samples_and('mixture'), arrange=without_rivals, compares=True,
         samplers=('mixture',)),
     'demonstration against opponent': Recipe(
-        draw=demonstration_and_opponents, samplers=('reference',), renews_reference=True),
+        draw=demonstration_and_opponents, own=False, samplers=('reference',),
+        renews_reference=True),
     'shown the demonstration': Recipe(privileged=shown_the_demonstration),
     'shown a success': Recipe(
         privileged=shown_a_success, reads_rewards=True, gives=('shown',), least_group=2,

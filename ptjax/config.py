@@ -124,6 +124,8 @@ class RewardSettings:
   timeout_seconds: float = 5.0  # per maths answer that needs symbolic comparison
   function_timeout_seconds: float | None = None  # per call of a reward function; None: no limit
   workers: int = 2  # processes that compare maths answers
+  # Parts of a rollout: slow functions score one, in a thread, while the next is drawn. 1: neither.
+  overlap: int = 1
   # At the end of max_completion_tokens, over which a penalty grows to 1; None: of dapo a fifth, else
   # none.
   overlong_tokens: int | None = None
@@ -132,6 +134,7 @@ class RewardSettings:
     _choice('rewards.on_error', self.on_error, ('raise', 'zero'))
     _positive('rewards.timeout_seconds', self.timeout_seconds)
     _positive('rewards.workers', self.workers)
+    _positive('rewards.overlap', self.overlap)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -244,7 +244,7 @@ class StageRun:
         judge=self._data.judge,
         takes=frozenset(inspect.signature(self.bound.loss).parameters),
         num_samples=config.log.samples, extra_rollouts=self.plan.extra_rollouts,
-        overlong_tokens=self.plan.overlong_tokens, renew=self._renew if self.keeps_start else None,
+        overlong_tokens=self.plan.overlong_tokens, overlap=config.rewards.overlap, renew=self._renew if self.keeps_start else None,
         max_teacher_tokens=self._policy.config.max_length - config.rollout.max_completion_tokens)
 
   def drawn_by(self):

@@ -147,3 +147,37 @@ def test_a_judge_that_nothing_would_ask_is_refused(tmp_path, compile_cache, caps
       *more, f'--model={model}', f'--out_dir={tmp_path / "run"}',
       '--judge=http://localhost:1/v1(model="m")', f'--set=log.compile_cache={compile_cache}'])
   assert code == 2 and message in capsys.readouterr().err
+
+
+_SLOW = """
+import threading
+import time
+
+threads = set()
+
+def sevens(prompts, completions, completion_ids, **columns):
+  threads.add(threading.current_thread() is threading.main_thread())
+  assert all(len(ids) >= len(text) for ids, text in zip(completion_ids, completions))
+  return [text.count('7') + 0.1 * int(prompt[0]) for prompt, text in zip(prompts, completions)]
+"""
+
+
+@pytest.mark.slow
+def test_scoring_beside_drawing_changes_nothing(trained, compile_cache):
+  (trained / 'slow.py').write_text(_SLOW)
+  runs = [_launch(trained, f'overlap_{parts}', trained / 'sft' / 'model',
+                  trained / 'prompts.jsonl', '--algo=grpo', f'--reward={trained}/slow.py:sevens',
+                  '--reward=length(target=5)*0.1', steps=3, cache=compile_cache,
+                  rollout__num_prompts=10, rollout__group_size=4, rewards__overlap=parts)
+          for parts in (1, 2, 3)]
+  module = next(m for name, m in sys.modules.items() if name.startswith('slow_'))
+  assert module.threads == {False}  # of the last run; a module is loaded anew for each
+  # A smaller batch rounds the sampler's own log-probs otherwise, which training does not read.
+  numbers = lambda run: [{name: value for name, value in record.items()
+                          if not name.startswith('sampling/')} for record in job_runs.metrics(run)]
+  weights = job_runs.weights(runs[0])
+  for run in runs[1:]:
+    assert numbers(run) == numbers(runs[0])
+    assert job_runs.samples(run) == job_runs.samples(runs[0])
+    for name, tensor in job_runs.weights(run).items():
+      np.testing.assert_array_equal(tensor, weights[name])

@@ -30,6 +30,15 @@ class PromptBatch:
   columns: dict  # name -> P cells; every column but the prompt, for the reward functions
   demonstrations: list | None = None  # P id arrays, where the door was given some
 
+  def take(self, places):
+    """Returns the batch of some of its prompts, in the same shapes but for P."""
+    def pick(values):
+      return [values[i] for i in places] if isinstance(values, list) else values[places]
+    return dataclasses.replace(
+        self, columns={name: pick(values) for name, values in self.columns.items()},
+        **{field.name: pick(getattr(self, field.name)) for field in dataclasses.fields(self)
+           if field.name != 'columns' and getattr(self, field.name) is not None})
+
 
 class PromptDoor:
   """Prompts, tokenised once, in an order that depends on the seed alone.

@@ -4,6 +4,8 @@ Everything here is host-side NumPy between two compiled programs (sampler and tr
 are global on every process (see sharding.py).
 """
 
+from concurrent import futures
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -141,7 +143,9 @@ class Collector:
     extra_rollouts: draws of other prompts, at most, for groups of equal rewards.
     overlong_tokens: at the end of the longest completion, over which a penalty grows to 1; 0: none.
     max_teacher_tokens: room for the prompt of a teacher that is shown more than the policy.
-    renew: None, or `renew(params, index)`, called before each rollout: the reference may change.
+    overlap: parts of a rollout, of which one is scored on the host while the next is drawn.
+    renew: None, or `renew(params, index)`, called before each rollout; it says whether the
+      reference is another one now.
   """
   door: object
   samplers: dict
@@ -160,6 +164,7 @@ class Collector:
   overlong_tokens: int = 0
   max_teacher_tokens: int | None = None
   renew: object = None
+  overlap: int = 1
 
   def __post_init__(self):
     self._optimal_values = {}  # row of the data set -> the reference's optimal value
@@ -209,10 +214,7 @@ class Collector:
 
   def _draw(self, params, prompts, key, clock):
     """Draws and scores completions of some prompts; resampling.Drawn."""
-    rollouts, known = self.recipe.draw(self.samplers, params, prompts, key)
-    clock.lap('rollout')
-    completions = texts(rollouts, self.tokenizer)
-    table = self._score(prompts, rollouts, completions)
+    rollouts, known, completions, table = self._scored_samples(params, prompts, key, clock)
     if self._judged:  # win rates are the rewards
       wins = self._compare(resampling.Drawn(prompts, rollouts, known, completions, table, None))
       table = dataclasses.replace(table, names=('judge',), values=wins[:, None], total=wins,
@@ -224,6 +226,28 @@ class Collector:
       known = {**known, **scoring.step_inputs(table, self.reward_set, rollouts.tokens.shape)}
     clock.lap('reward')
     return resampling.Drawn(prompts, rollouts, known, completions, table, merits)
+
+  def _scored_samples(self, params, prompts, key, clock):
+    """Completions and their rewards; of several parts, one is scored while the next is drawn."""
+    parts = [prompts]
+    if self.overlap > 1 and self.recipe.draw is recipes.own_samples:
+      places = np.array_split(np.arange(len(prompts.lengths)), self.overlap)
+      parts = [prompts.take(some) for some in places if some.size]
+    found = []
+    with contextlib.ExitStack() as stack:
+      pool = stack.enter_context(futures.ThreadPoolExecutor(1)) if len(parts) > 1 else None
+      for part in parts:
+        rollouts, known = self.recipe.draw(self.samplers, params, part, key)
+        completions = texts(rollouts, self.tokenizer)
+        found.append((rollouts, known, completions,
+                      self._begin_scoring(part, rollouts, completions, pool)))
+      clock.lap('rollout')
+      tables = [finish() for *_, finish in found]
+    join = lambda *arrays: np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+    rollouts, known, completions, _ = zip(*found)
+    return (jax.tree.map(join, *rollouts), jax.tree.map(join, *known),
+            [text for own in completions for text in own],
+            scoring.joined(tables) if len(tables) > 1 else tables[0])
 
   def _resample(self, params, drawn, index, key, clock):
     """Replaces groups of equal rewards by those of other prompts; what is left does not train."""
@@ -260,9 +284,13 @@ class Collector:
 
   def _score(self, prompts, rollouts, completions):
     """The rewards of completions, prompt-major."""
+    return self._begin_scoring(prompts, rollouts, completions)()
+
+  def _begin_scoring(self, prompts, rollouts, completions, pool=None):
+    """As scoring.begin."""
     if self.reward_set is None:
       count = len(completions)
-      return combine.RewardTable(
+      return lambda: combine.RewardTable(
           names=(), values=np.zeros((count, 0)), total=np.full(count, np.nan),
           scored=np.ones(count, bool), report={}, seconds={})
     group = len(completions) // len(prompts.lengths)
@@ -272,7 +300,8 @@ class Collector:
         [row[:n].tolist() for row, n in zip(prompts.tokens, prompts.lengths)], group)
     columns['completion_ids'] = [
         row[mask].tolist() for row, mask in zip(rollouts.tokens, rollouts.loss_mask)]
-    return scoring.score(self.reward_set, _repeat(prompts.texts, group), completions, columns)
+    return scoring.begin(self.reward_set, _repeat(prompts.texts, group), completions, columns,
+                         pool=pool)
 
   def _compare(self, drawn):
     """[B]: how probably each completion beats its rival or, without rivals, another of its group."""

@@ -1,6 +1,7 @@
 """Rewards and verdicts over several processes: who calls which function on which rows."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -19,19 +20,50 @@ def score(reward_set, prompts, completions, columns):
   Returns:
     rewards.combine.RewardTable, the same on every process.
   """
-  tables = []
-  for part, collective in reward_set.parts():
-    if collective:
-      tables.append(part.score(prompts, completions, columns))
-    else:
-      tables.append(_score_own_rows(part, prompts, completions, columns))
-  return tables[0] if len(tables) == 1 else reward_set.join(tables)
+  return begin(reward_set, prompts, completions, columns)()
 
 
-def _score_own_rows(reward_set, prompts, completions, columns):
+def begin(reward_set, prompts, completions, columns, *, pool=None):
+  """Begins to `score`; the functions on the host run in a thread of `pool`, where there is one.
+
+  What all processes do together waits for the end, since their programs must come in one order.
+
+  Args:
+    reward_set, prompts, completions, columns: as for `score`.
+    pool: concurrent.futures.Executor, or None.
+  Returns:
+    `finish() -> RewardTable`, to be called in the order of the beginnings.
+  """
   count = len(completions)
-  table = _on_own_rows(count, lambda mine: reward_set.score(
-      prompts[mine], completions[mine], {name: values[mine] for name, values in columns.items()}))
+  mine = sharding.local_rows(count)
+  own = (prompts[mine], completions[mine], {name: values[mine] for name, values in columns.items()})
+  running = []
+  for part, collective in reward_set.parts():
+    call = functools.partial(part.score, *((prompts, completions, columns) if collective else own))
+    if pool is not None and not collective:
+      call = pool.submit(call).result
+    running.append((call, collective))
+
+  def finish():
+    tables = [call() if collective else _exchanged(call, count) for call, collective in running]
+    return tables[0] if len(tables) == 1 else reward_set.join(tables)
+  return finish
+
+
+def joined(tables):
+  """Returns the RewardTable of all rows from those of the parts of a rollout, in their order."""
+  rows = {name: np.concatenate([getattr(table, name) for table in tables])
+          for name in ('values', 'total', 'scored')}
+  counts = {field: _added([getattr(table, field) for table in tables])
+            for field in ('report', 'seconds')}
+  steps = {name: [row for table in tables for row in table.steps[name]]
+           for name in tables[0].steps}
+  return dataclasses.replace(tables[0], **rows, **counts, steps=steps)
+
+
+def _exchanged(call, count):
+  """The table of all rows from `call()`, that of this process's share of `count`."""
+  table = _on_all(call)
   values, total, scored = (sharding.gather_rows(np.asarray(x), count)
                            for x in (table.values, table.total, table.scored))
   return dataclasses.replace(table, values=values, total=total, scored=scored,
@@ -86,7 +118,8 @@ class Compare:
     if judge.collective:
       return judge.compare(prompts, first, second)
     count = len(first)
-    mine = _on_own_rows(count, lambda rows: judge.compare(prompts[rows], first[rows], second[rows]))
+    rows = sharding.local_rows(count)
+    mine = _on_all(lambda: judge.compare(prompts[rows], first[rows], second[rows]))
     return sharding.gather_rows(np.asarray(mine, np.float64), count)
 
   def take_report(self):
@@ -95,11 +128,11 @@ class Compare:
     return report if self._judge.collective else _summed(report)
 
 
-def _on_own_rows(count, function):
-  """Calls `function(rows)` for this process's share of `count` rows; all raise if one does."""
+def _on_all(function):
+  """Returns `function()`; where it raises on one process, all raise."""
   found, failure = None, None
   try:
-    found = function(sharding.local_rows(count))
+    found = function()
   except Exception as error:  # raised below, once every process knows
     failure = error
   failures = [text for text in sharding.gather_json(None if failure is None else str(failure))
@@ -111,8 +144,13 @@ def _on_own_rows(count, function):
 
 def _summed(report):
   """Counts added up over the processes."""
+  return _added(sharding.gather_json(report))
+
+
+def _added(parts):
+  """Dicts of numbers, added up by name."""
   found = {}
-  for part in sharding.gather_json(report):
+  for part in parts:
     for name, number in part.items():
       found[name] = found.get(name, 0) + number
   return found

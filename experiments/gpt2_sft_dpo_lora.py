@@ -70,7 +70,7 @@ def prepare(data, out, size, base):
   run(make + ['--pairs=labels', f'--dataset={folder / "quora_train.csv"}',
               f'--out={folder / "quora.jsonl"}'], folder / 'quora.jsonl')
   run(make + ['--pairs=endings', f'--dataset={data / "shakespeare" / "sonnets.txt"}',
-              f'--model={base}', f'--samples={size["samples"]}', 
+              f'--model={base}', f'--samples={size["samples"]}',
               f'--max_completion_tokens={size["sonnet_tokens"]}', '--keep_truncated',
               f'--out={folder / "sonnets.jsonl"}'], folder / 'sonnets.jsonl')
 
@@ -107,6 +107,11 @@ def small_base(data, out, size):
 
 
 # --- arms
+
+
+def arms():
+  """Every (task, method, whether by adapters)."""
+  return list(itertools.product(TASKS, METHODS, (False, True)))
 
 
 def settings(**values):
@@ -195,8 +200,8 @@ def figure(results, path):
   import matplotlib
   matplotlib.use('Agg')
   from matplotlib import pyplot
-  drawn, axes = pyplot.subplots(1, len(TASKS), figsize=(10, 4))
-  for axis, (task, metric) in zip(axes, TASKS.items()):
+  drawn, axes = pyplot.subplots(1, len(TASKS), figsize=(10, 4), squeeze=False)
+  for axis, (task, metric) in zip(axes[0], TASKS.items()):
     arms = [(key, runs) for key, runs in results.items() if key[0] == task]
     names = [f'{method}\n{"LoRA" if lora else "full"}' for (_, method, lora), _ in arms]
     axis.bar(names, [np.mean([r['after'] for r in runs]) for _, runs in arms],
@@ -226,7 +231,7 @@ def main(argv=None):
   base = small_base(given.data, out, size) if given.small else given.model
   prepare(given.data, out, size, base)
   results = {}
-  for task, method, lora in itertools.product(TASKS, METHODS, (False, True)):
+  for task, method, lora in arms():
     for seed in range(given.seeds):
       name = name_of(task, method, lora, seed)
       run_arm(arm_command(out, size, base, given.data, task, method, lora, seed), out, name)

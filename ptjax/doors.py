@@ -67,7 +67,7 @@ def load_data(config, plans, policy, *, parts=1, mesh=None):
     door = load_door(plan, policy, rows, parts=parts)
     doors[plan.stage.index] = door
     say = logging.warning if door.intake.dropped or door.intake.truncated else logging.info
-    say('%s: %s', plan.stage.name, door.intake)
+    say('%s: %s%s', plan.stage.name, door.intake, _remedy(door.intake))
     task = task_of(plan.config.dataset, rows)
     if plan.online and rewards is None and judge is None and stages.reads_rewards(plan):
       if config.judge is not None:
@@ -85,6 +85,15 @@ def load_data(config, plans, policy, *, parts=1, mesh=None):
   return Data(doors, {k: v for k, v in held_out.items() if v is not None}, rewards,
               _evaluation_task(config, policy, task, rewards, measured=any(held_out.values())),
               judge)
+
+
+def _remedy(intake):
+  """What to do where a tenth of all rows or more are too long."""
+  reasons = {name: count for name, count in intake.dropped.items() if name.startswith('longer than ')}
+  if sum(reasons.values()) < 0.1 * intake.rows:
+    return ''
+  limits = ' and '.join(name.removeprefix('longer than ').partition('=')[0] for name in reasons)
+  return f'; raise {limits}, or --set=data.overlong=truncate'
 
 
 def load_rows(config):

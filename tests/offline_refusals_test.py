@@ -153,7 +153,8 @@ def test_dropped_rows_are_counted_and_caches_guarded(launch, refused, root, tmp_
   assert code == 0, lines
   assert ('6 rows: 2 kept, 4 dropped (1 with an empty prompt or chosen or rejected, '
           '1 with chosen and rejected alike, 1 longer than data.max_prompt_tokens=16, '
-          '1 longer than rollout.max_completion_tokens=16)') in caplog.text
+          '1 longer than rollout.max_completion_tokens=16); raise data.max_prompt_tokens and '
+          'rollout.max_completion_tokens, or --set=data.overlong=truncate') in caplog.text
   cache, = (tmp_path / '.ptjax_log_probs').glob('*.safetensors')
   sound = cache.read_bytes()
 

@@ -5,10 +5,12 @@ does not apply is absent; one that is NaN or infinite is null, since JSON knows 
 is the only source of report.html.
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
+import sys
 
 from absl import logging
 import jax
@@ -196,10 +198,24 @@ def _plain_value(name, value, lists):
   return None if isinstance(number, float) and not math.isfinite(number) else number
 
 
+@contextlib.contextmanager
+def _hidden(name):
+  """Makes a package that is not loaded yet look as if it were not installed."""
+  if name in sys.modules:
+    yield
+    return
+  sys.modules[name] = None
+  try:
+    yield
+  finally:
+    del sys.modules[name]
+
+
 def _open_events(out_dir, first_step):
   """A tensorboardX writer whose older events from `first_step` on are hidden, or None."""
   try:
-    import tensorboardX  # here, so that a run without the package still has its metrics
+    with _hidden('torch'):  # which it would load for itself where there is one: seconds, for nothing
+      import tensorboardX  # here, so that a run without the package still has its metrics
   except ImportError:
     logging.warning('tensorboardX is not installed: no TensorBoard events (python -m pip install '
                     'tensorboardX, or --set log.tensorboard=false)')

@@ -1,6 +1,7 @@
 """metrics.jsonl without gaps or double steps, whatever ended the run before."""
 
 import json
+import subprocess
 import sys
 
 import jax.numpy as jnp
@@ -186,3 +187,15 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
     writer.write(1, {'loss': 1.0})
     writer.write_samples(1, [{'prompt': ''}])
   assert list(tmp_path.iterdir()) == []
+
+
+def test_opening_events_does_not_load_torch(tmp_path):
+  """tensorboardX would, where there is one, though nothing here hands it tensors."""
+  pytest.importorskip('tensorboardX')
+  code = ('import sys; from ptjax.training import metrics; '
+          'writer = metrics.MetricsWriter(sys.argv[1]); writer.__enter__(); '
+          'writer.write(1, {"loss": 1.0}); writer.__exit__(None, None, None); '
+          'assert "tensorboardX" in sys.modules; sys.exit("torch" in sys.modules)')
+  done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert any(path.name.startswith('events.') for path in tmp_path.iterdir())

@@ -322,8 +322,7 @@ def _modified(row, modifier):
       raise config.UserError(f'algo {name!r}: two modifiers that each carry a running statistic do '
                              'not go together')
     if modifier == 'adaptive_reward_kl' and 'reward_kl_coefficient' not in row.hyperparameters():
-      raise config.UserError(f'algo {name!r}: no KL in the reward to control; put reward_kl before '
-                             f'it, as in {row.name}+reward_kl+{modifier}')
+      row = _modified(row, 'reward_kl')  # what it controls
     return dataclasses.replace(row, name=name, loss=loss)
   if row.advantage is None or 'critic' in row.models or row.door != 'prompts':
     raise config.UserError(f'algo {row.name!r}: its advantages are its own; {modifier!r} would '

@@ -147,13 +147,15 @@ def test_advantages_by_name():
   assert row.advantage.__name__ == 'batch_normalized+reward_kl'
   assert row.models_for({}) == ('reference',)
   assert {'epsilon', 'reward_kl_coefficient', 'kl_target'} <= set(row.hyperparameters())
+  alone = algorithms.get('grpo+adaptive_reward_kl')
+  assert alone.advantage.__name__ == 'group_normalized+reward_kl'
   assert algorithms.get('dapo+leave_one_out').advantage is algorithms.ADVANTAGES['leave_one_out']
   for name, message in (
       ('ppo+group_centred', 'its advantages are its own'),
       ('hpt+group_centred', 'its advantages are its own'),
       ('rloo+reward_kl', 'set loss.reward_kl_coefficient'),
       ('gdpo+reward_kl', 'no whole from which the KL could be taken'),
-      ('grpo+adaptive_reward_kl', 'no KL in the reward to control; put reward_kl before it'),
+      ('gdpo+adaptive_reward_kl', 'no whole from which the KL could be taken'),
       ('grpo+adaptive_kl+adaptive_entropy', 'two modifiers that each carry a running statistic')):
     with pytest.raises(config.UserError, match=message):
       algorithms.get(name)

@@ -194,17 +194,20 @@ def kl(loss):
 
 
 def _controlled(scale, log_probs, reference_log_probs, loss_mask, kl_target, kl_horizon):
-  """Ziegler's controller: the next scale of a KL coefficient, and the KL it saw, [] each.
+  """Ziegler's controller: the scale of a KL coefficient, the next one, and the KL seen; [] each.
 
   scale · (1 + clip(KL / kl_target - 1, -.2, .2) · B / kl_horizon), KL being the mean over sequences
   of Σ_t k1, nats. Source: arXiv:1909.08593, section 2.2, with K_β = B / kl_horizon as in its code.
   """
   bounds.positive(kl_target=kl_target, kl_horizon=kl_horizon)
-  gap = masking.clean(loss_mask, gap=jax.lax.stop_gradient(log_probs - reference_log_probs))
+  log_probs, reference_log_probs = masking.clean(
+      loss_mask, log_probs=log_probs, reference_log_probs=reference_log_probs)
+  gap = jax.lax.stop_gradient(log_probs - reference_log_probs)
+  scale = jnp.asarray(scale, gap.dtype)
   count = jnp.maximum(loss_mask.any(axis=1).sum(), 1).astype(gap.dtype)
   seen = gap.sum() / count
   error = jnp.clip(seen / kl_target - 1.0, -0.2, 0.2)
-  return jnp.asarray(scale, gap.dtype) * (1.0 + error * count / kl_horizon), seen
+  return scale, scale * (1.0 + error * count / kl_horizon), seen
 
 
 def adaptive_kl(loss):
@@ -219,14 +222,14 @@ def adaptive_kl(loss):
                kl_target=6.0, kl_horizon=10000, **inputs):
     value, metrics = _call(
         loss, log_probs, dict(inputs, loss_mask=loss_mask, kl_coefficient=0.0))
-    scale, seen = _controlled(loss_state['kl_scale'], log_probs, reference_log_probs, loss_mask,
-                              kl_target, kl_horizon)
-    coefficient = jax.lax.stop_gradient(jnp.asarray(loss_state['kl_scale']) * kl_coefficient)
+    scale, following, seen = _controlled(
+        loss_state['kl_scale'], log_probs, reference_log_probs, loss_mask, kl_target, kl_horizon)
+    coefficient = scale * kl_coefficient
     penalty, kl_metrics = terms.kl_penalty(
         log_probs, reference_log_probs, loss_mask, kl_coefficient=coefficient,
         reduce=reduction.sequence_mean, estimator=kl_estimator)
     return value + penalty, {**metrics, **kl_metrics, 'kl_coefficient': coefficient,
-                             'kl_per_sequence': seen}, {'kl_scale': scale}
+                             'kl_per_sequence': seen}, {'kl_scale': following}
   return _with_signature(modified, loss)
 
 
@@ -240,10 +243,11 @@ def adaptive_reward_kl(loss):
                loss_state={'reward_kl_scale': np.float32(1.0)}, kl_target=6.0, kl_horizon=10000,
                **inputs):
     value, metrics = _call(loss, log_probs, dict(inputs, loss_mask=loss_mask))
-    scale, seen = _controlled(loss_state['reward_kl_scale'], log_probs, reference_log_probs,
-                              loss_mask, kl_target, kl_horizon)
-    return value, {**metrics, 'reward_kl_scale': jnp.asarray(loss_state['reward_kl_scale']),
-                   'kl_per_sequence': seen}, {'reward_kl_scale': scale}
+    scale, following, seen = _controlled(
+        loss_state['reward_kl_scale'], log_probs, reference_log_probs, loss_mask, kl_target,
+        kl_horizon)
+    return value, {**metrics, 'reward_kl_scale': scale, 'kl_per_sequence': seen}, {
+        'reward_kl_scale': following}
   return _with_signature(modified, loss)
 
 

@@ -1,0 +1,139 @@
+"""Methods that sample learn from what they sample, and resume to the bit.
+
+The task is a bandit with two pulls: whatever the prompt, the reward is how many of the first two
+tokens are a `7`. A fresh model writes one time in twenty; every family must write it far more often
+within `STEPS` steps.
+"""
+
+import json
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import job_runs
+
+STEPS = 30
+
+REWARD = '''
+def sevens(prompts, completions, **columns):
+  return [text[:2].count('7') / 2 for text in completions]
+'''
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  """A folder with a model, the reward, and rows of a prompt and its demonstration."""
+  root = tmp_path_factory.mktemp('learning')
+  job_runs.export_model(root / 'model', width=16, num_layers=1, num_heads=2, num_kv_heads=1,
+                        mlp_width=32, max_length=64)
+  rows = [{'prompt': f'{i}', 'completion': '77'} for i in range(8)]
+  (root / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  (root / 'reward.py').write_text(REWARD)
+  return root
+
+
+@pytest.fixture(scope='module')
+def command(root, compile_cache):
+  """Returns the command line of a run."""
+  def make(algo, out, *more, steps=STEPS, **settings):
+    settings = {
+        'rollout__num_prompts': 8, 'rollout__group_size': 8, 'rollout__max_completion_tokens': 3,
+        'data__max_prompt_tokens': 8, 'optimizer__learning_rate': 2e-2, 'log__report': False,
+        'training__batch_size': 8, 'log__tensorboard': False, 'log__samples_every': 100,
+        'checkpoint__every_steps': 100, 'log__compile_cache': compile_cache, **settings}
+    return [f'--algo={algo}', f'--model={root / "model"}', f'--out_dir={root / out}',
+            f'--steps={steps}', f'--dataset={root / "rows.jsonl"}',
+            f'--reward={root / "reward.py"}:sevens',
+            *(f'--set={key.replace("__", ".")}={value}' for key, value in settings.items()), *more]
+  return make
+
+
+@pytest.fixture(scope='module')
+def teacher(root, command):
+  """A model that writes what the rows show."""
+  assert job_runs.launch_here(command('sft', 'teacher', '--set=data.packing=false')) == 0
+  return root / 'teacher' / 'model'
+
+
+# One of each family, with what differs from the common settings.
+LEARNERS = {
+    'reinforce': {}, 'reinforce_pp': {}, 'rloo': {}, 'remax': {}, 'grpo': {}, 'dapo': {},
+    'gspo': {}, 'cispo': {}, 'sapo': {}, 'ppo': {'training__epochs': 2}, 'online_dpo': {},
+    'rebel': {}, 'nash_md': {}, 'raft': {}, 'rft': {}, 'hpt': {}, 'hpt_soft': {}, 'luffy': {},
+    'srft': {},
+    'opd': {'log__samples_every': 1, 'log__samples': 64}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', LEARNERS)
+def test_reward_rises(root, command, request, name):
+  more = [f'--teacher={request.getfixturevalue("teacher")}'] if name == 'opd' else []
+  assert job_runs.launch_here(command(name, name, *more, **LEARNERS[name])) == 0
+  if name == 'opd':  # nothing of its asks for rewards, so they are those of the samples
+    lines = (root / name / 'samples.jsonl').read_text().splitlines()
+    drawn = [json.loads(line) for line in lines]
+    rewards = [np.mean([sample['completion'][:2].count('7') / 2 for sample in drawn
+                        if sample['step'] == step]) for step in range(1, STEPS + 1)]
+  else:
+    rewards = [record['reward'] for record in job_runs.metrics(root / name)]
+  # A mean over 64 completions of rewards in [0, 1] has a standard error of at most 1/16; 0.3 is
+  # nearly five of them for a single step, and these are means of several.
+  assert np.mean(rewards[-5:]) > np.mean(rewards[:2]) + 0.3, np.round(rewards, 2)
+
+
+@pytest.mark.slow
+def test_spin_nears_the_demonstrations_round_by_round(root, command):
+  """Its reward is implicit; what it writes must come to earn the task's, which it never sees."""
+  argv = command('spin', 'spin', training__renew_reference_steps=10, rollout__group_size=4,
+                 loss__beta=0.5)
+  assert job_runs.launch_here(argv) == 0
+  records = job_runs.metrics(root / 'spin')
+  likelihood = [record['logps/chosen'] for record in records]
+  assert np.mean(likelihood[-5:]) > likelihood[0] + 1, likelihood
+  # A round starts with the policy as its own opponent, where the margin is 0 to rounding.
+  margins = [record['rewards/margins'] for record in records]
+  assert [abs(margins[step]) < 1e-4 for step in (0, 10, 20)] == [True] * 3
+  assert min(margins[9], margins[19]) > 0.05, margins
+
+
+# One of each kind of state that a step leaves to the next.
+STATES = {
+    'grpo': dict(training__mini_batches=2, training__epochs=2),  # a rollout in use
+    'grpo+reward_kl+adaptive_reward_kl': dict(  # a controller that rollouts read
+        loss__kl_target=0.01, loss__kl_horizon=100),
+    'gspo+adaptive_kl': dict(loss__kl_target=0.01, loss__kl_horizon=100),
+    'ppo': dict(training__epochs=2),  # a critic
+    'spin': dict(training__renew_reference_steps=2),  # rounds, the first over when it stops
+    'dapo': dict(rollout__group_size=2),  # groups drawn again
+    'a_star_po': {},  # values remembered of each prompt
+    'sdft': dict(training__renew_reference_steps=2),  # a teacher that is renewed
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', STATES)
+def test_resumes_to_the_bit(root, command, name):
+  """A run that goes on from its third of six steps, against the one it was copied from."""
+  folder = name.replace('+', '-')
+  settings = {'rollout__num_prompts': 4, 'rollout__group_size': 4, 'checkpoint__every_steps': 1,
+              'checkpoint__keep': 10, **STATES[name]}
+  straight, resumed = (command(name, f'{which}-{folder}', steps=6, **settings)
+                       for which in ('straight', 'resumed'))
+  assert job_runs.launch_here(straight) == 0
+  out, copy = root / f'straight-{folder}', root / f'resumed-{folder}'
+  shutil.copytree(out, copy)
+  shutil.rmtree(copy / 'model')
+  for step in (4, 5, 6):
+    shutil.rmtree(copy / 'checkpoints' / str(step))
+  assert job_runs.launch_here(resumed) == 0
+  assert len(job_runs.metrics(copy)) == 6
+  job_runs.assert_same_run(out, copy)
+  if name == 'dapo':
+    assert any(record['resampling/replaced_groups'] for record in job_runs.metrics(out))
+  if 'adaptive' in name:
+    scale = 'reward_kl_scale' if 'reward' in name else 'kl_coefficient'
+    assert len({record[scale] for record in job_runs.metrics(out)}) > 3

@@ -81,6 +81,16 @@ def load_judge(spec, *, config, policy, mesh):
       prompts, completions, raw_prompts=prompts))
 
 
+def scoring_models(config):
+  """Returns name -> TransformerConfig of the models on the run's devices that score or judge."""
+  places = {f'--reward={spec}': combine.learned_place(spec) for spec in config.reward}
+  if config.judge is not None:
+    places[f'--judge={config.judge}'] = combine.split_options(config.judge)[0]
+  return {name: hub.load_config(place, dtype=config.model_settings.dtype,
+                                param_dtype=config.model_settings.param_dtype)
+          for name, place in places.items() if place and not _is_url(place)}
+
+
 class ModelReward:
   """The score of a reward model, trained by --algo=reward_bt or another of its family.
 

@@ -19,6 +19,7 @@ from ptjax import assembly
 from ptjax import config as settings
 from ptjax import dry_batch
 from ptjax import dry_run
+from ptjax import learned
 from ptjax import sharding
 from ptjax import stages
 from ptjax.data import sources
@@ -181,6 +182,10 @@ def _stage(plan, policies, mesh):
   made, widest = dry_batch.make(plan, compiled, mesh, local=_is_local(plan.config))
   held = _resident(made, widest, mesh)
   programs, phases, work = {}, {}, []
+  scorers = learned.scoring_models(plan.config) if plan.online else {}
+  for name, model in scorers.items():  # what they compute with is a batch of 64 at most
+    held[name] = dry_run.bytes_per_device(dry_run.placed_params(model, mesh))
+    work.append(Work(name, costs.log_prob_flops(model, widest.rows) / updates, 0, 0))
   for number, (name, rows) in enumerate(widest.draws):
     # First, for it finds lengths that the model has no positions for.
     role, options = made.drawn_by()[name]
@@ -355,7 +360,8 @@ def _stage_lines(stage, mesh, rates):
   yield _row(f'peak, in {stage.fullest}', stage.peak)
   yield f'  {"work per optimizer step":26}{"FLOP":>12}{"moved":>12}{"received":>12}{"seconds":>10}'
   for work in stage.work:
-    yield (f'    {work.name:24}{_scaled(work.flops, 1000):>12}{_bytes(work.moved):>12}'
+    shown = work.name if len(work.name) < 24 else f'...{work.name[-20:]}'
+    yield (f'    {shown:24}{_scaled(work.flops, 1000):>12}{_bytes(work.moved):>12}'
            f'{_bytes(work.received):>12}{work.seconds(rates, mesh.size):10,.3f}')
   flops, seconds = (sum(x) for x in zip(*(
       (work.flops, work.seconds(rates, mesh.size)) for work in stage.work)))
@@ -363,7 +369,8 @@ def _stage_lines(stage, mesh, rates):
 
 
 def _row(name, size):
-  return f'    {name:36}{_bytes(size):>12}'
+  shown = name if len(name) < 36 else f'...{name[-32:]}'  # a model's path tells by its end
+  return f'    {shown:36}{_bytes(size):>12}'
 
 
 def _bytes(size):

@@ -1,5 +1,6 @@
 """Every kind of stage planned: by its own files, by filler, and against what its run holds."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -18,6 +19,7 @@ from ptjax import sharding
 from ptjax import stage_run
 from ptjax import stages
 from ptjax.models import costs
+from ptjax.models import hub
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import job_runs
@@ -143,6 +145,21 @@ def test_the_widest_batch(root, mesh, algo, rows, widths, inputs, local):
     assert widest.batch.prompt_tokens.shape[1] == (8 if algo != 'cpt' else 32)
   else:
     assert (widest.batch.prompt_tokens.shape[1], widest.batch.tokens.shape[0]) == widths
+
+
+@pytest.mark.slow
+def test_models_that_score_are_held_and_counted(root, mesh):
+  job_runs.export_model(root / 'scorer', **SIZES, num_labels=1)
+  config = config_of(root, 'grpo', 'rows')
+  _, (without,) = planner.estimate(config, mesh)
+  spec = f'model:{root / "scorer"}*0.5'
+  _, (stage,) = planner.estimate(dataclasses.replace(config, reward=(spec,)), mesh)
+  name = f'--reward={spec}'
+  scorer = hub.load_config(root / 'scorer')
+  assert stage.resident == {
+      **without.resident, name: dry_run.bytes_per_device(dry_run.placed_params(scorer, mesh))}
+  reward, = [work for work in stage.work if work.name == name]
+  assert reward.flops == costs.log_prob_flops(scorer, stage.rows)
 
 
 def test_who_draws_is_who_the_method_asks(root, mesh):

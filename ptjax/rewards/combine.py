@@ -231,6 +231,12 @@ def is_collective(function):
   return bool(getattr(function, 'collective', False))
 
 
+def learned_place(spec):
+  """Returns where the model of a spec of a kind of `LEARNED` is, else None."""
+  kind, _, rest = _SPEC.fullmatch(spec.strip())['body'].strip().partition(':')
+  return split_options(rest)[0] if rest and kind in LEARNED else None
+
+
 def _component(spec, pool, learned):
   """Returns the `Component` a spec stands for."""
   if isinstance(spec, Component):

@@ -242,7 +242,8 @@ def adaptive_reward_kl(loss):
   def modified(log_probs, *, reference_log_probs, loss_mask,
                loss_state={'reward_kl_scale': np.float32(1.0)}, kl_target=6.0, kl_horizon=10000,
                **inputs):
-    value, metrics = _call(loss, log_probs, dict(inputs, loss_mask=loss_mask))
+    value, metrics = _call(loss, log_probs, dict(
+        inputs, loss_mask=loss_mask, reference_log_probs=reference_log_probs))
     scale, following, seen = _controlled(
         loss_state['reward_kl_scale'], log_probs, reference_log_probs, loss_mask, kl_target,
         kl_horizon)

@@ -204,6 +204,13 @@ def test_the_controller_moves_towards_its_target(arrays, name, key, off):
     np.testing.assert_allclose(metrics['kl_per_sequence'], seen.mean(), rtol=1e-5)
 
 
+def test_a_controlled_reward_leaves_the_losss_own_kl(arrays):
+  value, weights, _ = run(pg.grpo_loss, arrays, kl_coefficient=0.3)
+  got, got_weights, _ = run(modifiers.adaptive_reward_kl(pg.grpo_loss), arrays, kl_coefficient=0.3)
+  np.testing.assert_allclose(got, value, rtol=1e-6)
+  np.testing.assert_allclose(got_weights, weights, rtol=1e-5, atol=1e-8)
+
+
 def test_adaptive_kl_is_kl_under_its_present_coefficient(arrays):
   value, weights, _ = run(modifiers.kl(pg.dapo_loss), arrays, kl_coefficient=0.3)
   got, got_weights, (metrics, _) = run(

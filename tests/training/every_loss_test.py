@@ -109,7 +109,7 @@ def joint_loss(names):
       inputs = {n: arrays[alias][:, block] if n in BLOCKED else arrays[alias]
                 for n, alias in ALIASES.items()}
       batch = types.TokenBatch(
-          prompt_tokens=None, prompt_lengths=None, tokens=None, on_policy=None,
+          prompt_tokens=None, prompt_lengths=np.ones(P, np.int32), tokens=None, on_policy=None,
           loss_mask=loss_mask[:, block], inputs=inputs_for(bound.loss, inputs))
       outputs = {n: arrays[n][:, i if n == 'scores' else block]
                  for n in training_step.model_outputs(bound.loss)}

@@ -38,7 +38,7 @@ DEFAULTS = {  # rows without an entry have no hyperparameters
     'reinforce_pp_baseline': dict(CLIP, kl_coefficient=1e-2),
     'remax': dict(reward_kl_coefficient=0.0),
     'ppo': PPO, 'ppo_dual_clip': dict(PPO, max_ratio=3.0),
-    'grpo': GRPO, 'bnpo': GRPO, 'dr_grpo': FIXED, 'sft_then_grpo': FIXED,
+    'grpo': GRPO, 'grpo_process': GRPO, 'bnpo': GRPO, 'dr_grpo': FIXED, 'sft_then_grpo': FIXED,
     'dapo': dict(clip_low=0.2, clip_high=0.28, epsilon=1e-4),
     'sgrpo': SGRPO, 'sgrpo_oxrl': SGRPO, 'rlhf': RLHF, 'rlaif': RLHF,
     'gdpo': dict(GRPO, reward_weights=None), 'pass_at_k': dict(GRPO, epsilon=1e-6),
@@ -99,6 +99,9 @@ DEFAULTS = {  # rows without an entry have no hyperparameters
 
     'hpt': HPT, 'hpt_off': dict(HPT, threshold=-1.0, off_policy_threshold=0.0),
     'hpt_mix': dict(HPT, off_policy_threshold=0.25),
+    'hpt_soft': dict(sft_coefficient=1.0, shaping=0.1, entropy_coefficient=1e-3,
+                     max_completion_tokens=None, rollout_exponent=1.0, imitation_exponent=1.0,
+                     success_threshold=0.5),
     'luffy': dict(shaping=0.1, entropy_coefficient=1e-3, max_completion_tokens=None),
     'srft': dict(sft_coefficient=0.5, positive_coefficient=0.1, shaping=0.1, success_threshold=0.5,
                  max_completion_tokens=None),
@@ -112,7 +115,10 @@ MODIFIERS = {
     'mask_truncated': {}, 'entropy_bonus': dict(entropy_coefficient=1e-3),
     'adaptive_entropy': dict(entropy_target=0.2, coefficient_step=0.005, min_coefficient=0.0,
                              max_coefficient=1.0),
-    'corrected_kl': dict(kl_coefficient=0.04)}
+    'corrected_kl': dict(kl_coefficient=0.04), 'kl': dict(kl_coefficient=0.04, kl_estimator='k3'),
+    # Ziegler et al., 2019, as TRL has it: 0.2 to begin with, 6 nats, 10,000 completions.
+    'adaptive_kl': dict(kl_coefficient=0.2, kl_estimator='k3', kl_target=6.0, kl_horizon=10000),
+    'adaptive_reward_kl': dict(kl_target=6.0, kl_horizon=10000)}
 
 # Estimators that no row takes: whoever composes a loss gets these.
 FURTHER = {

@@ -76,7 +76,7 @@ def prepare(data, out, size, base):
 
 
 def small_base(data, out, size):
-  """A GPT-2 of two million weights with a vocabulary of its own, pretrained on stories and verse."""
+  """A GPT-2 of two million weights with its own vocabulary, pretrained on stories and verse."""
   from ptjax.models import hub, presets, transformer
   import jax
   import tokenizers
@@ -138,7 +138,8 @@ def arm_command(out, size, base, data, task, method, lora, seed):
                   data__overlong='truncate')
   return [sys.executable, '-m', 'ptjax.launch', f'--algo={method}', f'--model={base}',
           f'--dataset={folder / task}.jsonl', f'--eval_dataset={held_out}', f'--seed={seed}',
-          f'--steps={size["steps"]}', f'--out_dir={folder.parent / name_of(task, method, lora, seed)}',
+          f'--steps={size["steps"]}',
+          f'--out_dir={folder.parent / name_of(task, method, lora, seed)}',
           *settings(**values)]
 
 

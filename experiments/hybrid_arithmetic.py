@@ -47,6 +47,7 @@ def get_config(arm='HPT', seed=0, scale=1.0, out_dir=None):
   return config.Config(
       algo=','.join(steps), dataset=f'{TASK},careless=0.6', seed=seed, out_dir=out_dir,
       stages={name: {'training.steps': count} for name, count in steps.items()},
+      data=config.DataSettings(packing=False),  # so that a supervised step's tokens are known
       training=config.TrainingSettings(batch_size=2 * PROMPTS),
       rollout=config.RolloutSettings(
           num_prompts=PROMPTS, group_size=GROUP, max_completion_tokens=LENGTH),

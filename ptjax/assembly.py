@@ -34,7 +34,7 @@ from ptjax.training import forward as training_forward
 from ptjax.training import recipes
 from ptjax.training import step as training_step
 
-PLACED_ROLES = ('reference', 'critic', 'teacher')  # models beside the policy that the launcher can place
+PLACED_ROLES = ('reference', 'critic', 'teacher')  # models beside the policy that can be placed
 
 
 @dataclasses.dataclass(frozen=True)

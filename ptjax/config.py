@@ -102,7 +102,7 @@ class RolloutSettings:
   stop_strings: tuple[str, ...] = ()  # beside the model's own end tokens
   reuse_log_probs: bool = False  # True: the sampler's log-probs are the old ones; False: recompute
   reference_share: float = 0.5  # of the reference in the mixture that Nash-MD plays against
-  # Draws of other prompts, at most, for groups whose rewards are all equal; None: of dapo 3, else 0.
+  # Draws of other prompts, at most, for groups of equal rewards; None: of dapo 3, else 0.
   extra_rollouts: int | None = None
 
   def __post_init__(self):
@@ -170,7 +170,7 @@ class TrainingSettings:
   epochs: int = 1  # passes over one rollout
   micro_batches: int = 1  # parts of a mini-batch computed one after another; any split is exact
   mask_truncated: bool = False  # True: completions without an end token do not train
-  # Optimizer steps after which the policy becomes the reference; 0: never, None: as the method says.
+  # Optimizer steps after which the policy becomes the reference; 0: never, None: as methods say.
   renew_reference_steps: int | None = None
   max_bad_steps: int = 5  # updates in a row with a non-finite loss or gradient before the run stops
 

@@ -89,7 +89,8 @@ def load_data(config, plans, policy, *, parts=1, mesh=None):
 
 def _remedy(intake):
   """What to do where a tenth of all rows or more are too long."""
-  reasons = {name: count for name, count in intake.dropped.items() if name.startswith('longer than ')}
+  reasons = {name: count for name, count in intake.dropped.items()
+             if name.startswith('longer than ')}
   if sum(reasons.values()) < 0.1 * intake.rows:
     return ''
   limits = ' and '.join(name.removeprefix('longer than ').partition('=')[0] for name in reasons)
@@ -200,7 +201,8 @@ def _check_judge(plan, rewards):
     why = ('it goes by the rewards' if rewards is not None else
            'its baseline needs rewards of single completions' if alone else
            f'rollout.group_size={config.rollout.group_size} leaves it nothing to compare')
-    raise settings.UserError(f'--judge={config.judge}: {plan.row.name} would not ask it, for {why}; '
+    raise settings.UserError(f'--judge={config.judge}: {plan.row.name} would not ask it, '
+                             f'for {why}; '
                              '--reward=judge:... rates completions one by one')
 
 

@@ -104,7 +104,7 @@ class StageRun:
     return jax.jit(self._init, out_shardings=self._shardings, donate_argnums=0)(params)
 
   def resume(self, step):
-    """Gets everything but the state, which comes from a checkpoint, as it was after `step` steps."""
+    """Gets everything but the state, which is in the checkpoint, as it was after `step` steps."""
     if self.keeps_start:
       self._start = reference.load_params(self._folder / 'params', self._model_shapes)
       if self._config.lora.rank:
@@ -244,7 +244,8 @@ class StageRun:
         judge=self._data.judge,
         takes=frozenset(inspect.signature(self.bound.loss).parameters),
         num_samples=config.log.samples, extra_rollouts=self.plan.extra_rollouts,
-        overlong_tokens=self.plan.overlong_tokens, overlap=config.rewards.overlap, renew=self._renew if self.keeps_start else None,
+        overlong_tokens=self.plan.overlong_tokens, overlap=config.rewards.overlap,
+        renew=self._renew if self.keeps_start else None,
         max_teacher_tokens=self._policy.config.max_length - config.rollout.max_completion_tokens)
 
   def drawn_by(self):

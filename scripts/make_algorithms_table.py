@@ -22,8 +22,8 @@ _HEAD = '''# The algorithms
 Made by `scripts/make_algorithms_table.py` from `algorithms.py`; a test fails when they differ.
 `--algo=NAME` trains with one, `python -m ptjax.inspect --algo=NAME` shows what it does to tokens.
 *Data* is where a batch comes from, *models* what must be loaded beside the policy, *fed by* what
-makes the loss's advantages or its divergence, and the defaults are those of all three together. Every loss is held against an independent closed
-form in float64; the last column names what else it is held against.
+makes the loss's advantages or its divergence, and the defaults are those of all three together.
+Every loss is held against an independent closed form in float64; the last column names what else it is held against.
 '''
 _COLUMNS = ('name', 'loss', 'data', 'models', 'fed by', 'defaults', 'source', 'also against')
 

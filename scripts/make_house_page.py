@@ -25,8 +25,9 @@ ROOMS = {
 
 _HEAD = '''# The house
 
-Made by `scripts/make_house_page.py` from the files' own first sentences; a test fails when they differ.
-Imports run downhill: pieces and types at the bottom, launch at the top; `tests/house_test.py` holds that.
+Made by `scripts/make_house_page.py` from the files' own first sentences; a test fails when they
+differ. Imports run downhill: pieces and types at the bottom, launch at the top;
+`tests/house_test.py` holds that.
 '''
 
 
@@ -44,7 +45,8 @@ def render():
 
 def first_sentence(path):
   """The first paragraph of a file's docstring, on one line, up to its first full stop."""
-  text = ' '.join((ast.get_docstring(ast.parse(path.read_text())) or '').partition('\n\n')[0].split())
+  docstring = ast.get_docstring(ast.parse(path.read_text())) or ''
+  text = ' '.join(docstring.partition('\n\n')[0].split())
   sentence, stop, _ = text.partition('. ')
   return (sentence + stop).strip().replace('|', '\\|')
 

@@ -1,4 +1,4 @@
-"""Verdicts kept on disk by what was asked: asking again costs time and money and may answer anew."""
+"""Verdicts kept on disk by what was asked: asking again costs time and may answer anew."""
 
 import hashlib
 import json

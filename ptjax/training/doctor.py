@@ -82,8 +82,8 @@ FAULTS = (
     Fault('the reward is constant', _one_reward,
           'Every completion of the last rollouts had the same reward, {reward:.4g}.',
           'Look at samples.jsonl: the task may be too hard or too easy for this model, or the '
-          'reward cannot find the answer (compare acc_strict and acc_flexible). Try easier prompts, '
-          'a warm start (warm_start.steps) or a reward for the format.',
+          'reward cannot find the answer (compare acc_strict and acc_flexible). Try easier '
+          'prompts, a warm start (warm_start.steps) or a reward for the format.',
           explains=(_NO_SPREAD, _NO_ADVANTAGE, _NO_GRADIENT)),
     Fault(_NO_SPREAD, _all('frac_reward_zero_std', lambda fraction: fraction == 1.0),
           'In each prompt\'s group all completions had the same reward, though prompts differ '
@@ -109,7 +109,7 @@ FAULTS = (
           explains=(_NO_ADVANTAGE, _NO_GRADIENT)),
     Fault(_NO_ADVANTAGE, _all('pieces/advantage_abs_mean', lambda mean: mean == 0.0),
           'Every trained token had advantage 0, though rewards differ.',
-          'The advantage estimator takes everything away: look at its settings (--algo=list --json).',
+          'The advantage estimator takes everything away: look at its settings (--algo=list).',
           explains=(_NO_GRADIENT,)),
     Fault('everything is clipped', _all('pieces/mask_fraction', lambda masked: masked > 0.95),
           'The stabilization mask takes the gradient of {pieces/mask_fraction:.1%} of the tokens.',
@@ -120,14 +120,14 @@ FAULTS = (
           'Look at the loss with `python -m ptjax.inspect`.'),
     Fault('updates are skipped', _all('bad_steps', lambda count: count > 0),
           'Loss or gradient was not finite in each of the last steps, so nothing was updated.',
-          'Lower optimizer.learning_rate, or set optimizer.max_grad_norm; look for extreme rewards.'),
+          'Lower optimizer.learning_rate, or set optimizer.max_grad_norm; look at the rewards.'),
     Fault('sampler and trainer disagree',
           lambda records, past: any(
               all(r.get(name) is not None and far(r[name]) for r in records) for name, far in (
                   ('sampling/log_prob_gap_max', lambda gap: gap > GAP_LIMIT),
                   ('sampling/effective_sample_size', lambda size: size < SAMPLE_SIZE_LIMIT))),
-          'Log-probs of the same tokens differ by up to {sampling/log_prob_gap_max:.3g} nats between '
-          'sampler and trainer; the weights of the samples are worth '
+          'Log-probs of the same tokens differ by up to {sampling/log_prob_gap_max:.3g} nats '
+          'between sampler and trainer; the weights of the samples are worth '
           '{sampling/effective_sample_size:.0%} of their number.',
           'Set model_settings.dtype=float32, correct for it (--algo=grpo+tis), or, with '
           'rollout.reuse_log_probs, make fewer updates per rollout.', level='warning'),

@@ -95,7 +95,7 @@ def assemble(prompts, rollouts, *, scored, mask_truncated=False, reuse_log_probs
 
 
 def with_state(estimator, loss_state):
-  """The estimator with its KL coefficient times a controller's factor, where `loss_state` has one."""
+  """The estimator, its KL coefficient times a controller's factor where `loss_state` has one."""
   if not isinstance(loss_state, dict) or 'reward_kl_scale' not in loss_state:
     return estimator
   scale = float(sharding.fetch(loss_state['reward_kl_scale']))
@@ -304,7 +304,7 @@ class Collector:
                          pool=pool)
 
   def _compare(self, drawn):
-    """[B]: how probably each completion beats its rival or, without rivals, another of its group."""
+    """[B]: how probably each completion beats its rival or, with none, another of its group."""
     rows = np.arange(len(drawn.completions)).reshape(-1, drawn.group)
     if 'rival' in drawn.known:
       own, rival = np.split(rows, 2, axis=1)

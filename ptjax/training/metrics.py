@@ -214,7 +214,7 @@ def _hidden(name):
 def _open_events(out_dir, first_step):
   """A tensorboardX writer whose older events from `first_step` on are hidden, or None."""
   try:
-    with _hidden('torch'):  # which it would load for itself where there is one: seconds, for nothing
+    with _hidden('torch'):  # which it would load where there is one: seconds, for nothing
       import tensorboardX  # here, so that a run without the package still has its metrics
   except ImportError:
     logging.warning('tensorboardX is not installed: no TensorBoard events (python -m pip install '

@@ -1,4 +1,4 @@
-"""Rewards of rollouts: functions and programs together, judges of groups, errors on every process."""
+"""Rewards of rollouts: functions and programs together, judges of groups, errors everywhere."""
 
 import numpy as np
 import pytest

@@ -86,7 +86,8 @@ CASES = [
     # One batch per epoch: of several packed ones the first may not be the widest.
     ('sft', 'rows', ('training.batch_size=16',), ()),
     ('dpo', 'pairs', ('training.micro_batches=2',), ()),
-    ('reward_bt', 'pairs', (), ()), ('prm', 'steps', (), ()), ('kd', 'rows', (), ('teacher',)),
+    ('reward_bt', 'pairs', (), ()), ('prm', 'steps', (), ()),
+    ('kd', 'rows', ('training.batch_size=16',), ('teacher',)),
     ('dpo', 'pairs', ('lora.rank=2',), ('base',)), ('hpt', 'rows', (), ()),
     ('ppo', 'rows', ('training.mini_batches=2',), ('critic', 'reference')),
     ('ppo', 'rows', ('critic=model', 'loss.reward_kl_coefficient=0'), ('critic',)),

@@ -40,7 +40,8 @@ class ModelSettings:
   """How the policy computes."""
   dtype: str = 'float32'  # of activations and matrix products: float32 or bfloat16
   param_dtype: str = 'float32'  # of the stored weights and the optimizer's moments
-  remat: str = 'none'  # what the backward pass recomputes: none, dots or full
+  # What the backward pass recomputes: none, dots (all but products of weights) or full.
+  remat: str = 'dots'
 
   def __post_init__(self):
     _choice('model_settings.dtype', self.dtype, ('float32', 'bfloat16'))

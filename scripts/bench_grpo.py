@@ -122,7 +122,8 @@ def ptjax_worker(shape):
   optimizer, schedule = optimizers.make_optimizer(
       settings.OptimizerSettings(learning_rate=shape.learning_rate), 1, params)
   train_step = training_step.make_train_step(
-      training_forward.make_forward(model, outputs=training_step.model_outputs(bound.loss)),
+      training_forward.make_forward(model, outputs=training_step.model_outputs(bound.loss),
+                                    remat=settings.ModelSettings().remat),
       bound.loss, optimizer, schedule=schedule)
   sample = sampler.make_sampler(model, sampler.SamplingOptions(
       max_tokens=shape.completion, group_size=shape.group))

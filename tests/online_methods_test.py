@@ -1,8 +1,7 @@
-"""Every row of the table that samples, trained for some steps by the launcher itself.
+"""Methods that sample, through the launcher: their switches, their metrics, and what they refuse.
 
-One very small model and one shape of rollout for all of them, so that little but the update
-compiles anew. What a method's update is, is proved elsewhere (tests/losses); here it must come
-about: its samples, its further models, its metrics, and parameters that move.
+That every row learns is tested in online_learning_test.py; here are the rows whose samples need
+earn nothing, and one of each kind of gate.
 """
 
 import json
@@ -19,11 +18,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import job_runs
 
 STEPS = 3
-# What needs a process reward model is trained in learned_runs_test.py.
-NAMES = [name for name, row in algorithms.TABLE.items()
-         if row.door.startswith('prompts') and name != 'grpo_process']
+NAMES = ('ssd', 'sdft', 'sdpo', 'seqkd', 'hpt', 'hpt_soft')
 # Rows that imitate a teacher or a demonstration, whatever it earns.
-WITHOUT_REWARDS = {'seqkd', 'opd', 'iw_opd', 'minillm', 'sdft', 'ssd', 'spin'}
+WITHOUT_REWARDS = {'seqkd', 'sdft', 'ssd'}
 
 # About half of all completions are right, so that groups differ and gates see both.
 REWARD = '''

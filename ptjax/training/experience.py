@@ -197,7 +197,8 @@ class Collector:
     gates = {}
     if self.estimator is not None:
       recorded = {name: x for name, x in batch.inputs.items() if name != 'rewards'}
-      arrays = {'old_log_probs': rollouts.log_probs, **recorded, 'reward_components': table.values,
+      arrays = {'old_log_probs': rollouts.log_probs, **recorded,
+                'reward_components': table.values.astype(np.float32),
                 **self._baselines(params, drawn.prompts, group, key)}
       found = estimate_advantages(
           with_state(self.estimator, loss_state), total, table.scored, group_size=group,

@@ -12,9 +12,9 @@ of random words whose completions have log-normal lengths. Settings:
 
   default  each side as it comes: ptjax packs (sft) or batches rows of like length and keeps the
            reference's log-probs (dpo); TRL pads, recomputes activations, runs the reference
-  padded   neither packs; both batch rows of like length, TRL keeps activations
+  padded   neither packs; both batch rows of like length (dpo: ours does), TRL keeps activations
   tuned    TRL packs too, into rows as wide as ours (sft), or keeps the reference's log-probs
-           (dpo), batches rows of like length, and keeps activations
+           (dpo), and keeps activations
 
 Each side is a process of its own and passes the file in turn with the other: one pass to warm up,
 then --repetitions timed ones. A further start of ours finds its programs compiled (`warm s`).

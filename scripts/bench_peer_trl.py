@@ -25,11 +25,10 @@ def worker(job):
     # One packed row at a time: its rows of a batch would else attend to each other as one.
     options.update(packing=True, max_length=job.row_tokens, per_device_train_batch_size=1,
                    gradient_accumulation_steps=job.row_count)
-  elif tuned:
+  elif tuned and job.method == 'sft':  # DPOTrainer's rows know no length to group by
     options.update(train_sampling_strategy='group_by_length')
-    parts = [name for name in rows.column_names if name != 'prompt']
-    rows = rows.map(lambda row: {'length': len(tokenizer(row['prompt'])['input_ids']) + max(
-        len(tokenizer(row[part])['input_ids']) for part in parts)})
+    rows = rows.map(lambda row: {'length': len(
+        tokenizer(row['prompt'] + row['completion'])['input_ids'])})
   trainer_of, config_of = trl.SFTTrainer, trl.SFTConfig
   if job.method == 'dpo':
     trainer_of, config_of = trl.DPOTrainer, trl.DPOConfig

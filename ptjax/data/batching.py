@@ -47,7 +47,7 @@ class Shapes:
   one.
   """
 
-  def __init__(self, needs, cost, *, most=8, caps=None):
+  def __init__(self, needs, cost, *, most=4, caps=None):
     """Chooses the sizes.
 
     Args:

@@ -158,7 +158,7 @@ class PackedDoor:
 
   def _choose_shapes(self):
     needs = [[self._most_targets(rows)] for rows in self._plan(0)]
-    return batching.Shapes(np.array(needs), lambda s: s[..., 0], most=4, caps=(self.width,))
+    return batching.Shapes(np.array(needs), lambda s: s[..., 0], caps=(self.width,))
 
   # --- from rows to arrays
 

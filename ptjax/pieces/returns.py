@@ -64,7 +64,14 @@ def gae(token_rewards_, values, loss_mask, *, discount=1.0, gae_lambda=0.95):
   """
   rewards, values = masking.clean(loss_mask, token_rewards=token_rewards_, values=values)
 
-  def backwards(carry, column):
+  advantages = _backwards(rewards, values, loss_mask, discount, gae_lambda)
+  return advantages, advantages + values
+
+
+@jax.jit  # outside of any other program a scan over a new closure is compiled at every call
+def _backwards(rewards, values, loss_mask, discount, gae_lambda):
+  """The recursion of `gae`, from the last token to the first; [B, T]."""
+  def step(carry, column):
     next_value, next_advantage = carry
     reward, value, on_mask = column
     advantage = reward + discount * next_value - value + discount * gae_lambda * next_advantage
@@ -74,8 +81,8 @@ def gae(token_rewards_, values, loss_mask, *, discount=1.0, gae_lambda=0.95):
 
   start = (jnp.zeros_like(values, shape=len(values)),) * 2
   columns = jax.tree.map(jnp.transpose, (rewards, values, loss_mask))
-  _, advantages = jax.lax.scan(backwards, start, columns, reverse=True)
-  return advantages.T, advantages.T + values
+  _, advantages = jax.lax.scan(step, start, columns, reverse=True)
+  return advantages.T
 
 
 def whiten(values, loss_mask, *, epsilon=1e-8):

@@ -132,3 +132,13 @@ def test_completions_without_a_reward_stay_out():
 def test_missing_arrays_are_named():
   with pytest.raises(ValueError, match='reward_kl_coefficient=0.01 needs old_log_probs'):
     returns.whitened_to_go(jnp.asarray(REWARDS), loss_mask=MASK)
+
+
+def test_gae_is_compiled_once():
+  from ptjax.training import compilations
+  counter = compilations.Compilations()
+  arrays = [jnp.ones((3, 5)), jnp.ones((3, 5)), jnp.ones((3, 5), bool)]
+  returns.gae(*arrays)
+  first = counter.count
+  returns.gae(*arrays)
+  assert counter.count == first

@@ -25,6 +25,7 @@ from ptjax.models import costs
 from ptjax.rewards import combine
 from ptjax.training import experience
 from ptjax.training import offline
+from ptjax.training import online
 
 _RANKED = 4  # completions of a ranked row of filler; a real row says itself
 
@@ -112,7 +113,7 @@ def _of_rollout(made, door):
       {name: zeros_for(name) for name in made.passes()},
       combine.RewardSet([combine.Component('some', _alternating)]))
   whole = collector(None, 0).batch
-  batch = experience.mini_batch(
+  batch = online.mini_batch(
       whole, index=0, count=made.plan.config.training.mini_batches, seed=0, rollout=0, epoch=0,
       on_policy=True)
   return Widest(_shapes(batch), rows_of(whole), draws, passes)

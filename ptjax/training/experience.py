@@ -103,22 +103,6 @@ def with_state(estimator, loss_state):
   return functools.partial(estimator, reward_kl_coefficient=scale * first)
 
 
-def with_overlong_penalty(table, rollouts, overlong_tokens):
-  """The table with a further component, `overlong`: DAPO's penalty on long completions.
-
-  Args:
-    table: RewardTable.
-    rollouts: types.Rollouts.
-    overlong_tokens: over how many tokens before the longest length the penalty grows to 1.
-  """
-  penalty = np.asarray(advantage.overlong_penalty(
-      rollouts.loss_mask.sum(1), max_completion_tokens=rollouts.loss_mask.shape[1],
-      cache_tokens=overlong_tokens), float)
-  return dataclasses.replace(
-      table, names=(*table.names, 'overlong'), total=table.total + penalty,
-      values=np.concatenate([table.values, penalty[:, None]], axis=1))
-
-
 @dataclasses.dataclass
 class Collector:
   """The stages in order; what the online loop calls once per rollout.
@@ -222,7 +206,7 @@ class Collector:
                                   scored=~np.isnan(wins))
     merits = np.where(table.scored, table.total, np.nan)
     if self.overlong_tokens and self.reward_set is not None:
-      table = with_overlong_penalty(table, rollouts, self.overlong_tokens)
+      table = scoring.with_overlong_penalty(table, rollouts, self.overlong_tokens)
     if self.reward_set is not None and 'step_rewards' in self._estimator_names:
       known = {**known, **scoring.step_inputs(table, self.reward_set, rollouts.tokens.shape)}
     clock.lap('reward')
@@ -393,28 +377,6 @@ class Collector:
         'completion_tokens': int(lengths[i]), 'truncated': bool(rollouts.truncated[i]),
         'group': i // group, **per_token(i),
     } for i in range(count)]
-
-
-def mini_batch(batch, *, index, count, seed, rollout, epoch, on_policy):
-  """Cuts mini-batch `index` of `count` out of a rollout's batch.
-
-  Whole groups stay together. The order of prompts is a permutation drawn from (seed, rollout,
-  epoch), so a resumed run cuts the same pieces.
-  """
-  num_prompts = batch.prompt_lengths.shape[0]
-  if count == 1:
-    chosen = np.arange(num_prompts)
-  else:
-    order = np.asarray(jax.random.permutation(
-        keys.stream(seed, 'mini_batches', rollout, epoch), num_prompts))
-    size = num_prompts // count
-    chosen = np.sort(order[index * size:(index + 1) * size])
-  def one(x):
-    x = np.asarray(x)
-    if x.ndim == 0:
-      return x
-    return x.reshape(num_prompts, -1, *x.shape[1:])[chosen].reshape(-1, *x.shape[1:])
-  return jax.tree.map(one, batch).replace(on_policy=np.asarray(bool(on_policy)))
 
 
 def _repeat(values, times):

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from ptjax import keys
 from ptjax import types
 from ptjax.training import experience
 from ptjax.training import step as training_step
@@ -40,7 +41,7 @@ class RolloutSource:
     whole = self._experience.batch
     reuses = not bool(whole.on_policy)
     epoch, part = divmod(update, self._training.mini_batches)
-    batch = experience.mini_batch(
+    batch = mini_batch(
         whole, index=part, count=self._training.mini_batches, seed=self._seed, rollout=index,
         epoch=epoch, on_policy=update == 0 and not reuses)
     metrics = dict(self._experience.metrics)
@@ -88,3 +89,25 @@ class RolloutSource:
               for k in list(arrays) if k.startswith('input:')}
     batch = types.TokenBatch(**arrays, inputs=inputs)
     self._experience = experience.Experience(jax.tree.map(np.asarray, batch), dict(metrics), [])
+
+
+def mini_batch(batch, *, index, count, seed, rollout, epoch, on_policy):
+  """Cuts mini-batch `index` of `count` out of a rollout's batch.
+
+  Whole groups stay together. The order of prompts is a permutation drawn from (seed, rollout,
+  epoch), so a resumed run cuts the same pieces.
+  """
+  num_prompts = batch.prompt_lengths.shape[0]
+  if count == 1:
+    chosen = np.arange(num_prompts)
+  else:
+    order = np.asarray(jax.random.permutation(
+        keys.stream(seed, 'mini_batches', rollout, epoch), num_prompts))
+    size = num_prompts // count
+    chosen = np.sort(order[index * size:(index + 1) * size])
+  def one(x):
+    x = np.asarray(x)
+    if x.ndim == 0:
+      return x
+    return x.reshape(num_prompts, -1, *x.shape[1:])[chosen].reshape(-1, *x.shape[1:])
+  return jax.tree.map(one, batch).replace(on_policy=np.asarray(bool(on_policy)))

@@ -7,6 +7,7 @@ import numpy as np
 
 from ptjax import config as settings
 from ptjax import sharding
+from ptjax.pieces import advantage
 
 
 def score(reward_set, prompts, completions, columns):
@@ -93,6 +94,22 @@ def step_inputs(table, reward_set, shape):
   outcome = np.nan_to_num(table.values[:, others]) @ np.array(
       [weights.get(table.names[i], 1.0) for i in others])  # what no function gave counts in full
   return {'step_rewards': steps, 'outcome_rewards': outcome.astype(np.float32)}
+
+
+def with_overlong_penalty(table, rollouts, overlong_tokens):
+  """The table with a further component, `overlong`: DAPO's penalty on long completions.
+
+  Args:
+    table: RewardTable.
+    rollouts: types.Rollouts.
+    overlong_tokens: over how many tokens before the longest length the penalty grows to 1.
+  """
+  penalty = np.asarray(advantage.overlong_penalty(
+      rollouts.loss_mask.sum(1), max_completion_tokens=rollouts.loss_mask.shape[1],
+      cache_tokens=overlong_tokens), float)
+  return dataclasses.replace(
+      table, names=(*table.names, 'overlong'), total=table.total + penalty,
+      values=np.concatenate([table.values, penalty[:, None]], axis=1))
 
 
 class Compare:

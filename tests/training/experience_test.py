@@ -71,28 +71,6 @@ def test_estimators_get_the_arrays_they_name():
   assert found.shape == (4, 3)
 
 
-@pytest.mark.parametrize('count', [1, 2, 4])
-def test_mini_batches_of_an_epoch_are_a_partition_of_whole_groups(prompts, rollouts, count):
-  whole = experience.assemble(prompts, rollouts, scored=np.ones(B, bool))
-  whole.inputs['advantages'] = np.arange(B, dtype=np.float32)
-  def cut(epoch, rollout=0):
-    return [experience.mini_batch(whole, index=i, count=count, seed=0, rollout=rollout,
-                                  epoch=epoch, on_policy=i == 0) for i in range(count)]
-  parts = cut(0)
-  rows = np.concatenate([part.inputs['advantages'] for part in parts]).astype(int)
-  np.testing.assert_array_equal(np.sort(rows), np.arange(B))
-  for part in parts:
-    assert part.prompt_tokens.shape[0] == P // count
-    chosen = part.inputs['advantages'].astype(int)
-    np.testing.assert_array_equal(part.tokens, whole.tokens[chosen])
-    np.testing.assert_array_equal(part.prompt_tokens, whole.prompt_tokens[chosen[::G] // G])
-    np.testing.assert_array_equal(chosen[1::G], chosen[::G] + 1)
-  assert [bool(part.on_policy) for part in parts] == [True] + [False] * (count - 1)
-  orders = {tuple(np.concatenate([part.inputs['advantages'] for part in cut(epoch, rollout)]))
-            for epoch in range(3) for rollout in range(3)}
-  assert len(orders) > 1 or count == 1  # another order in other epochs and rollouts
-
-
 def test_texts_stop_where_the_mask_stops(rollouts):
   class Tokenizer:
     def batch_decode(self, rows, skip_special_tokens):

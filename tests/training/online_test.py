@@ -102,3 +102,28 @@ def test_what_the_first_update_saw_stands_where_nothing_was_recomputed():
     seen = {'loss': 2.0, 'sampling/gap': 9.0}
     source.complete(1, seen)
     assert seen == {'loss': 2.0, 'sampling/gap': 9.0 if recomputed else 0.25}
+
+
+@pytest.mark.parametrize('count', [1, 2, 4])
+def test_mini_batches_of_an_epoch_are_a_partition_of_whole_groups(count):
+  tokens = np.random.default_rng(0).integers(4, 9, (P * G, T)).astype(np.int32)
+  whole = types.TokenBatch(
+      prompt_tokens=tokens[::G], prompt_lengths=np.ones(P, np.int32), tokens=tokens,
+      loss_mask=np.ones((P * G, T), bool), on_policy=np.asarray(True),
+      inputs={'advantages': np.arange(P * G, dtype=np.float32)})
+  def cut(epoch, rollout=0):
+    return [online.mini_batch(whole, index=i, count=count, seed=0, rollout=rollout, epoch=epoch,
+                              on_policy=i == 0) for i in range(count)]
+  parts = cut(0)
+  rows = np.concatenate([part.inputs['advantages'] for part in parts]).astype(int)
+  np.testing.assert_array_equal(np.sort(rows), np.arange(P * G))
+  for part in parts:
+    assert part.prompt_tokens.shape[0] == P // count
+    chosen = part.inputs['advantages'].astype(int)
+    np.testing.assert_array_equal(part.tokens, whole.tokens[chosen])
+    np.testing.assert_array_equal(part.prompt_tokens, whole.prompt_tokens[chosen[::G] // G])
+    np.testing.assert_array_equal(chosen[1::G], chosen[::G] + 1)
+  assert [bool(part.on_policy) for part in parts] == [True] + [False] * (count - 1)
+  orders = {tuple(np.concatenate([part.inputs['advantages'] for part in cut(epoch, rollout)]))
+            for epoch in range(3) for rollout in range(3)}
+  assert len(orders) > 1 or count == 1  # another order in other epochs and rollouts

@@ -7,8 +7,8 @@ Expected time: about two minutes.
 Number to reach: held-out accuracy below 0.5 after the warm start, above 0.9 after GRPO.
 """
 
-from ptjax import config
+from ptjax import experiment
 
 
 def get_config():
-  return config.tiny_job()
+  return experiment.tiny_job()

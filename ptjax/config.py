@@ -7,9 +7,6 @@ defect, and a test looks for it.
 import ast
 import dataclasses
 import difflib
-import importlib.util
-import os
-import traceback
 import types as python_types
 import typing
 
@@ -268,59 +265,6 @@ class Config:
 def replace(config, values):
   """`dataclasses.replace`, re-checking the whole."""
   return dataclasses.replace(config, **values)
-
-
-def default_for(model, dataset):
-  """The settings a run starts from: the default job's for its own tiny model, else Config()."""
-  if model != Config.model:
-    return Config()
-  job = tiny_job()
-  if dataset.partition(':')[0].partition('@')[0] == Config.dataset:
-    return job
-  return dataclasses.replace(job, warm_start=dataclasses.replace(job.warm_start, dataset=None))
-
-
-def tiny_job():
-  """The default job: a tiny model from scratch, a short warm start, then GRPO on arithmetic.
-
-  The warm start imitates a careless teacher, three of five of whose answers are one too high. So
-  imitation ends below one half right however long it lasts, and what GRPO adds is its own.
-  """
-  return Config(
-      warm_start=WarmStartSettings(steps=640, batch_size=64, learning_rate=1e-3,
-                                   dataset='arithmetic:careless=0.6'),
-      training=TrainingSettings(steps=120),
-      rollout=RolloutSettings(num_prompts=64, group_size=8, max_completion_tokens=2),
-      optimizer=OptimizerSettings(learning_rate=3e-4, schedule='cosine', warmup_steps=10,
-                                  end_fraction=0.1, beta2=0.99),
-      eval=EvaluationSettings(every_steps=40, limit=512, batch_size=512))
-
-
-def from_file(path):
-  """Loads `get_config()` from an experiment file.
-
-  Raises:
-    UserError: no such file, it fails, no get_config in it, or it returns something else than a
-      Config.
-  """
-  if not os.path.isfile(path):
-    raise UserError(f'--config={path}: no such file')
-  spec = importlib.util.spec_from_file_location('ptjax_experiment', path)
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, 'get_config', None)):
-      raise UserError(f'--config={path}: the file defines no get_config()')
-    config = module.get_config()
-  except UserError:
-    raise
-  except Exception as error:  # the file is the user's own code
-    line = getattr(error, 'lineno', None) or traceback.extract_tb(error.__traceback__)[-1].lineno
-    raise UserError(f'--config={path}: {type(error).__name__}: {error} (line {line})') from error
-  if not isinstance(config, Config):
-    raise UserError(f'--config={path}: get_config() returned {type(config).__name__}, expected '
-                    'ptjax.config.Config')
-  return config
 
 
 def to_dict(config):

@@ -6,6 +6,7 @@ import traceback
 from absl import flags
 
 from ptjax import config as settings
+from ptjax import experiment
 
 FLAGS = flags.FLAGS
 
@@ -58,10 +59,10 @@ def resolve(values):
     values: dict of flag values, None where not given.
   """
   if values['config']:
-    config = settings.from_file(values['config'])
+    config = experiment.from_file(values['config'])
   else:
-    config = settings.default_for(values['model'] or settings.Config.model,
-                                  values['dataset'] or settings.Config.dataset)
+    config = experiment.default_for(values['model'] or settings.Config.model,
+                                    values['dataset'] or settings.Config.dataset)
   direct = {name: values[name] for name in
             ('algo', 'model', 'dataset', 'teacher', 'judge', 'seed', 'out_dir', 'resume', 'mesh')
             if values[name] is not None}

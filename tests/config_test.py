@@ -72,17 +72,3 @@ def test_every_setting_is_read_by_some_code():
         yield prefix + field.name
   unread = [name for name in fields(settings.Config) if name.rsplit('.', 1)[-1] not in read]
   assert not unread, f'no code reads {unread}'
-
-
-def test_experiment_files(tmp_path):
-  good = tmp_path / 'good.py'
-  good.write_text('from ptjax import config\ndef get_config():\n  return config.Config(seed=3)\n')
-  assert settings.from_file(str(good)).seed == 3
-  for text, message in (('x = 1', 'defines no get_config'),
-                        ('def get_config():\n  return {}', 'returned dict')):
-    bad = tmp_path / 'bad.py'
-    bad.write_text(text)
-    with pytest.raises(settings.UserError, match=message):
-      settings.from_file(str(bad))
-  with pytest.raises(settings.UserError, match='no such file'):
-    settings.from_file(str(tmp_path / 'absent.py'))

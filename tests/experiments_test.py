@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from ptjax import assembly
-from ptjax import config as settings
+from ptjax import experiment
 from ptjax import planner
 from ptjax import stages
 from ptjax.training import algorithm as binding
@@ -53,7 +53,7 @@ def test_the_page_says_how_and_how_far(path):
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
 def test_the_config_is_sound(path):
-  config = settings.from_file(str(path))
+  config = experiment.from_file(str(path))
   mesh = planner.planning_mesh(config.mesh or 'fsdp=1')
   plans = stages.stage_plans(config)
   policies = assembly.load_policies(config, plans, load=planner.load_policy)

@@ -9,6 +9,7 @@ import pytest
 
 from ptjax import config as settings
 from ptjax import dry_run
+from ptjax import experiment
 from ptjax import job
 from ptjax import planner
 from ptjax import sharding
@@ -30,7 +31,7 @@ def eight_devices():
 
 
 def small_job(*assignments):
-  config = settings.tiny_job()
+  config = experiment.tiny_job()
   for assignment in (
       'warm_start.steps=1', 'warm_start.batch_size=8', 'training.steps=1', 'eval.limit=8',
       'eval.batch_size=8', 'rollout.num_prompts=8', 'rollout.group_size=2', 'log.report=false',

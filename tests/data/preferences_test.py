@@ -10,7 +10,6 @@ from ptjax.data import sources
 from ptjax.data import tokenizer as tokenizers
 
 transformers = pytest.importorskip('transformers')
-trl_data = pytest.importorskip('trl.data_utils')
 
 USER = {'role': 'user', 'content': 'Which colour?'}
 BLUE = {'role': 'assistant', 'content': 'Blue.'}
@@ -95,7 +94,7 @@ def test_an_implicit_prompt_ends_at_a_token(gpt2):
     {'chosen': [USER, BLUE], 'rejected': [USER, RED]},
     {'chosen': [USER, BLUE, USER, RED], 'rejected': [USER, BLUE, USER, BLUE]}])
 def test_implicit_prompts_as_trl_splits_them(gpt2, characters, row):
-  theirs = trl_data.extract_prompt(row)
+  theirs = pytest.importorskip('trl.data_utils').extract_prompt(row)
   if isinstance(theirs['prompt'], str):
     examples = _read([row], gpt2)
     assert _texts(examples, gpt2)[0][:2] == (theirs['prompt'], theirs['chosen'] + '<|endoftext|>')

@@ -65,7 +65,7 @@ def test_a_batch_is_a_pure_function_of_the_step():
 def test_shapes_stay_few_over_many_epochs():
   door = offline.OfflineDoor(_examples(200), batch_size=8, seed=0)
   shapes = {(b.prompt_tokens.shape, b.tokens.shape) for b in map(door.batch, range(100))}
-  assert len(shapes) <= 8
+  assert len(shapes) <= 4
 
 
 def test_no_size_exceeds_the_limits():

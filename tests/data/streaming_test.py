@@ -63,7 +63,7 @@ def test_a_batch_is_a_pure_function_of_the_step(path, packed):
   door = _door(path, packed=packed)
   straight = [door.batch(step) for step in range(20)]
   shapes = {jax.tree.map(np.shape, batch).__repr__() for batch in straight}
-  assert len(shapes) <= 8
+  assert len(shapes) <= 4
   for step in (19, 0, 7, 13):  # each as after a resume
     again = _door(path, packed=packed)
     jax.tree.map(np.testing.assert_array_equal, again.batch(step), straight[step])

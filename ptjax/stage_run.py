@@ -32,7 +32,7 @@ class StageRun:
   Args:
     plan: stages.StagePlan.
     policies: role -> assembly.Policy; 'policy' is the one that trains.
-    data: assembly.Data.
+    data: doors.Data.
     mesh: the mesh.
     folder: pathlib.Path of the run.
   """

@@ -182,9 +182,8 @@ def without_rivals(batch, rewards, scored):
 def two_by_two(batch, rewards, scored):
   """Neighbouring rows of a group as pairs, of which both have a reward. REBEL, arXiv:2404.16767."""
   whole = np.repeat(scored.reshape(-1, 2).all(1), 2)
-  paired = batch.replace(loss_mask=batch.loss_mask & whole[:, None])
-  paired.inputs['rewards'] = np.where(whole, rewards, 0.0).astype(np.float32)
-  return paired
+  inputs = {**batch.inputs, 'rewards': np.where(whole, rewards, 0.0).astype(np.float32)}
+  return batch.replace(loss_mask=batch.loss_mask & whole[:, None], inputs=inputs)
 
 
 def _sides(batch):

@@ -1,9 +1,11 @@
 """The house plan, held: imports run downhill and each outside package has its home."""
 
 import ast
+import io
 import pathlib
 import subprocess
 import sys
+import tokenize
 
 ROOT = pathlib.Path(__file__).resolve().parents[1] / 'ptjax'
 TESTS = ROOT.parent / 'tests'
@@ -84,6 +86,35 @@ def test_files_can_be_held_in_the_head():
             for path in TESTS.rglob('*.py')}
   long = {name: count for name, count in lines.items() if count > LONG.get(name, 400)}
   assert not long, long
+
+
+def code_lines(path):
+  """How many lines of a file hold code: neither blank, nor comments, nor docstrings."""
+  text = path.read_text()
+  silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+            tokenize.ENDMARKER}
+  code = {line for token in tokenize.generate_tokens(io.StringIO(text).readline)
+          if token.type not in silent for line in range(token.start[0], token.end[0] + 1)}
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+      code -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+  return len(code)
+
+
+def test_code_lines_are_counted_by_hand(tmp_path):
+  path = tmp_path / 'a.py'
+  path.write_text('"""Says\n\nwhat."""\n\n# why\ndef f(x,\n      y):\n  """Says."""\n'
+                  '  return """a\n  b"""  # a text, no docstring\n')
+  assert code_lines(path) == 4
+
+
+def test_the_mathematics_of_preferences_stays_small():
+  """Some forty methods: as many slots of a few lines, not as many programs."""
+  files = [*(ROOT / 'losses').glob('preference_*.py'), ROOT / 'losses' / 'online_preference.py',
+           ROOT / 'losses' / 'unpaired.py', ROOT / 'pieces' / 'score.py', ROOT / 'pieces' / 'link.py']
+  counts = {path.name: code_lines(path) for path in files}
+  assert len(counts) >= 8 and min(counts.values()) > 10
+  assert sum(counts.values()) < 1000, counts
 
 
 def test_losses_load_with_jax_and_chex_alone():

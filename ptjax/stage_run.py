@@ -282,7 +282,8 @@ class StageRun:
     """Returns the compiled `(params, batch, frozen) -> [B, T]` of one of `passes`."""
     forward = self._forward if role == 'policy' else (
         assembly.make_forward(self.plan, self._policies, role=role))
-    return training_step.make_log_prob_step(forward, output=output, mesh=self._mesh)
+    return training_step.make_log_prob_step(
+        forward, output=output, parts=self._config.training.micro_batches, mesh=self._mesh)
 
   @property
   def _recipe(self):

@@ -239,10 +239,23 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
   return placed_step
 
 
-def make_log_prob_step(forward, *, output='log_probs', mesh=None):
-  """Returns a compiled `(params, batch, frozen={}) -> [B, T]` of one output, without gradient."""
+def make_log_prob_step(forward, *, output='log_probs', parts=1, mesh=None):
+  """Returns a compiled `(params, batch, frozen={}) -> [B, T]` of one output, without gradient.
+
+  Args:
+    forward: see `make_train_step`.
+    output: one of MODEL_OUTPUTS.
+    parts: into how many parts the batch is split along prompts, one computed after another, which
+      bounds activations; a batch whose prompts do not split so over the devices is taken whole.
+    mesh: as for `make_train_step`.
+  """
+  devices = 1 if mesh is None else sharding.batch_size(mesh)
+
   def log_prob_step(params, batch, frozen):
-    return forward(params, frozen, batch)[output]
+    one = lambda part: forward(params, frozen, part)[output]
+    if parts == 1 or batch.prompt_lengths.shape[0] % (parts * devices):
+      return one(batch)
+    return join(jax.lax.map(one, split(batch, parts)), batch)
   return _compiled(log_prob_step, mesh, None if mesh is None else sharding.batch(mesh))
 
 

@@ -157,6 +157,22 @@ def test_split_and_join_are_inverse():
       parts.tokens[1], batch.tokens.reshape(PROMPTS, GROUP, LENGTH)[1::4].reshape(-1, LENGTH))
 
 
+@pytest.mark.parametrize('parts, taken', [(1, 8), (4, 2), (3, 8)])  # 8 prompts are no 3 parts
+@pytest.mark.parametrize('devices', [1, 2])
+def test_log_probs_in_parts_are_those_of_the_whole(parts, taken, devices):
+  mesh = None if devices == 1 else sharding.make_mesh('fsdp=2', jax.devices()[:2])
+  batch, params, seen = make_batch(), make_params(), []
+
+  def noting(params, frozen, part):
+    seen.append(part.prompt_lengths.shape[0])
+    return forward(params, frozen, part)
+  step = training_step.make_log_prob_step(noting, parts=parts, mesh=mesh)
+  found = step(params, training_step.place(batch, mesh))
+  assert set(seen) == {taken}
+  chex.assert_trees_all_close(
+      found, forward(params, {}, jax.tree.map(jnp.asarray, batch))['log_probs'], rtol=1e-6)
+
+
 def test_missing_input_is_named():
   def needs_values(log_probs, *, values, loss_mask):
     del values, loss_mask

@@ -2,7 +2,7 @@
 
 The task is a bandit with two pulls: whatever the prompt, the reward is how many of the first two
 tokens are a `7`. A fresh model writes one time in twenty; every row must write it far more often
-within `STEPS` steps.
+within `STEPS` steps of sampling.
 """
 
 import json
@@ -32,8 +32,9 @@ def root(tmp_path_factory):
   root = tmp_path_factory.mktemp('learning')
   job_runs.export_model(root / 'model', width=16, num_layers=1, num_heads=2, num_kv_heads=1,
                         mlp_width=32, max_length=64)
-  rows = [{'prompt': f'{i}', 'completion': '77'} for i in range(8)]
-  (root / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  for name, second in (('best', '77777777'), ('half', '01234568')):
+    rows = [{'prompt': f'{i}', 'completion': f'7{second[i]}'} for i in range(8)]
+    (root / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   (root / 'reward.py').write_text(REWARD)
   return root
 
@@ -41,14 +42,14 @@ def root(tmp_path_factory):
 @pytest.fixture(scope='module')
 def command(root, compile_cache):
   """Returns the command line of a run."""
-  def make(algo, out, *more, steps=STEPS, **settings):
+  def make(algo, out, *more, steps=STEPS, rows='best', **settings):
     settings = {
         'rollout__num_prompts': 8, 'rollout__group_size': 8, 'rollout__max_completion_tokens': 3,
         'data__max_prompt_tokens': 8, 'optimizer__learning_rate': 2e-2, 'log__report': False,
         'training__batch_size': 8, 'log__tensorboard': False, 'log__samples_every': 100,
         'checkpoint__every_steps': 100, 'log__compile_cache': compile_cache, **settings}
     return [f'--algo={algo}', f'--model={root / "model"}', f'--out_dir={root / out}',
-            f'--steps={steps}', f'--dataset={root / "rows.jsonl"}',
+            f'--steps={steps}', f'--dataset={root / rows}.jsonl',
             f'--reward={root / "reward.py"}:sevens',
             *(f'--set={key.replace("__", ".")}={value}' for key, value in settings.items()), *more]
   return make
@@ -71,30 +72,39 @@ ELSEWHERE = {
 NAMES = [name for name, row in algorithms.TABLE.items()
          if row.door.startswith('prompts') and name not in ELSEWHERE]
 TAUGHT = {'seqkd', 'opd', 'iw_opd', 'minillm'}  # by a teacher; nothing in them asks for rewards
-SETTINGS = {'ppo': {'training__epochs': 2}}
+HYBRIDS = {  # their demonstrations earn one half, so what they reach beyond that, they sampled
+    name for name in NAMES if algorithms.get(name).family == 'hybrid'}
+SETTINGS = {
+    'ppo': {'training__epochs': 2},
+    # The full reward alone counts; nearly all is wrong at first, and pushed off with weight 1.
+    'srft': {'loss__success_threshold': 1.0, 'loss__positive_coefficient': 5.0},
+    'sft_then_grpo': {'stages__sft__training__steps': 4}}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_reward_rises(root, command, request, name):
   more, settings = [], dict(SETTINGS.get(name, {}))
+  if name in HYBRIDS:
+    settings['rows'] = 'half'
   if name in TAUGHT:
     more = [f'--teacher={request.getfixturevalue("teacher")}']
     settings.update(log__samples_every=1, log__samples=64)
   assert job_runs.launch_here(command(name, name, *more, **settings)) == 0
   records = job_runs.metrics(root / name)
-  stages = len(algorithms.get(name).stages) or 1
-  assert [record['step'] for record in records] == list(range(1, stages * STEPS + 1))
+  before = settings.get('stages__sft__training__steps', 0)  # of imitation
+  assert [record['step'] for record in records] == list(range(1, before + STEPS + 1))
   numbers = [x for record in records for x in record.values() if not isinstance(x, str)]
   assert np.isfinite(numbers).all()
   if name in TAUGHT:  # so they are those of the samples; seqkd's samples are its teacher's
     rewards = _of_samples(root / name, STEPS) if name != 'seqkd' else [
         record['mean_token_accuracy'] for record in records]
   else:
-    rewards = [record['reward'] for record in records if 'reward' in record]
-  if stages > 1:  # supervised first: it has learned before it samples
-    assert np.mean(rewards) > 0.5
-    return
+    assert [record['step'] for record in records if 'reward' in record] == [
+        *range(before + 1, before + STEPS + 1)]
+    rewards = [record['reward'] for record in records[before:]]
+  if name in HYBRIDS:
+    assert np.mean(rewards[-5:]) > 0.8, np.round(rewards, 2)
   # A mean over 64 completions of rewards in [0, 1] has a standard error of at most 1/16; 0.3 is
   # nearly five of them for a single step, and these are means of several.
   assert np.mean(rewards[-5:]) > np.mean(rewards[:2]) + 0.3, np.round(rewards, 2)

@@ -36,11 +36,20 @@ class Packing:
   """Several whole sequences in one row, one behind the other.
 
   With it `prompt_tokens` [B, S] are whole rows, `prompt_lengths` [B] says how much of each is used,
-  P = B, and `tokens` [B, T] are a row's trained targets alone, in order.
+  P = B, and `tokens` [B, T] are a row's trained targets alone, in order. Of one prompt a row may
+  hold several completions: branches of its segment, which see the prompt and themselves.
   """
   segments: Any  # [B, S] int32; which sequence of the row, from 1; 0 on padding
   positions: Any  # [B, S] int32; each token's place in its own sequence
   predictors: Any  # [B, T] int32; the place in the row of the token that predicts tokens[b, t]
+  branches: Any = None  # [B, S] int32; 0 in prompts, else which completion; None: one each
+
+
+@struct.dataclass
+class PackedRows:
+  """The tokens of a batch, laid out anew for the forward pass: R rows of W tokens."""
+  rows: Any  # TokenBatch with `packing`; its [R, M] targets are the batch's trained tokens
+  places: Any  # [R, M] int32; where in the flat [B * T] each target stands; past it: nowhere
 
 
 @struct.dataclass
@@ -57,6 +66,7 @@ class TokenBatch:
   on_policy: Any  # [] bool; True while the policy has not moved since it drew these tokens
   inputs: dict  # name -> array
   packing: Any = None  # Packing, or None: each row is a prompt and its completions
+  packed: Any = None  # PackedRows, which the forward pass then runs on; None: on these rows
 
 
 @struct.dataclass

@@ -1,6 +1,7 @@
 """Packed batches: rows of one width that hold several whole examples, hardly any padding."""
 
 import bisect
+import collections
 import functools
 import math
 
@@ -68,7 +69,7 @@ class PackedDoor:
     self.width = tokens or _choose_width(self._lengths, least=steps * multiple)
     self._order = order_lib.Order(len(examples), 1, seed, name, mixture=examples.mixture)
     self._shuffle = functools.partial(self._order.generator, 2)
-    rows = len(_fit(self._lengths[self._order.permutation(0)], self.width))
+    rows = len(fit(self._lengths[self._order.permutation(0)], self.width))
     if tokens_per_batch is not None:
       self.rows_per_batch = max(multiple, tokens_per_batch // self.width // multiple * multiple)
     else:
@@ -122,7 +123,7 @@ class PackedDoor:
   def take(self, indices):
     """Returns chosen examples packed into as few rows as hold them."""
     indices = np.asarray(indices, np.int64)
-    return self._assemble([indices[row] for row in _fit(self._lengths[indices], self.width)])
+    return self._assemble([indices[row] for row in fit(self._lengths[indices], self.width)])
 
   # --- the plan of an epoch
 
@@ -138,7 +139,7 @@ class PackedDoor:
   def _pack(self, epoch):
     """The batches of an epoch: lists of rows, each an array of places among the examples."""
     places = self._order.permutation(epoch)
-    rows = [places[row] for row in _fit(self._lengths[places], self.width)]
+    rows = [places[row] for row in fit(self._lengths[places], self.width)]
     size = self.rows_per_batch
     missing = -len(rows) % size
     while missing:  # take the rows with most examples apart
@@ -195,10 +196,10 @@ class PackedDoor:
         packing=types.Packing(segments=segments, positions=positions, predictors=predictors))
 
 
-def _fit(lengths, width):
+def fit(lengths, width):
   """Packs lengths [n], none above `width`, into rows: from long to short, each into the fullest
   row with room. Returns one [k] int array of places per row."""
-  rows, open_rows, rooms = [], [[] for _ in range(width + 1)], []  # rooms: sizes with open rows
+  rows, open_rows, rooms = [], collections.defaultdict(list), []  # rooms: sizes with open rows
   for place in np.argsort(-np.asarray(lengths), kind='stable'):
     length = int(lengths[place])
     at = bisect.bisect_left(rooms, length)
@@ -222,7 +223,7 @@ def _fit(lengths, width):
 def _choose_width(lengths, least):
   """The width of rows, such that there are at least so many if there are so many examples."""
   width = -(-int(lengths.max()) // 8) * 8
-  while width * 2 <= _WIDEST and lengths.sum() < _FILLED * width * len(_fit(lengths, width)) and (
-      len(_fit(lengths, width * 2)) >= least):
+  while width * 2 <= _WIDEST and lengths.sum() < _FILLED * width * len(fit(lengths, width)) and (
+      len(fit(lengths, width * 2)) >= least):
     width *= 2
   return width

@@ -12,6 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from ptjax.models import cache as cache_lib
+from ptjax.models import flash
 from ptjax.models import layers
 
 _MASKED = -1e30  # finite, so that a wholly masked part merges away instead of making NaN
@@ -50,6 +51,8 @@ def grouped(config, prompt_lengths, prompt_width, group_size, completion_width):
   def attend(query, key, value, window, cache):
     del cache
     _check(config, query, key, value, num_prompts * (s + g * t))
+    if config.attention != 'xla':
+      return flash.grouped(config, prompt_lengths, s, g, t, query, key, value, window), None
     heads, dim = query.shape[1:]
     kv = key.shape[1]
     query = query.reshape(num_prompts, s + g * t, kv, heads // kv, dim)
@@ -88,7 +91,11 @@ def prefill(config, prompt_lengths, prompt_width):
     _check(config, query, key, value, num_prompts * s)
     heads, dim = query.shape[1:]
     kv = key.shape[1]
-    store = cache_lib.to_store(*(x.reshape(num_prompts, s, kv, dim) for x in (key, value)))
+    key, value = (x.reshape(num_prompts, s, kv, dim) for x in (key, value))
+    store = cache_lib.to_store(key, value)
+    if config.attention != 'xla':
+      query = query.reshape(num_prompts, s, heads, dim)
+      return flash.causal(config, query, key, value, window).reshape(-1, heads, dim), store
     query = query.reshape(num_prompts, s, kv, heads // kv, dim).transpose(0, 2, 3, 1, 4)
     out = _normalized(_causal(config, query, *store, window))  # [P, kv, R, S, D]
     out = out.transpose(0, 3, 1, 2, 4).reshape(-1, heads, dim)
@@ -97,25 +104,31 @@ def prefill(config, prompt_lengths, prompt_width):
   return attend
 
 
-def packed(config, segments):
+def packed(config, packing):
   """Rows [B, S], flat, each holding several sequences side by side, causal within a sequence.
 
   Args:
     config: TransformerConfig; query_scale and attention_softcap are read.
-    segments: [B, S] int32; which sequence of its row each token belongs to, 0 on padding, which
-      sees padding alone. A sequence's tokens stand together, so that their distance in the row is
-      the distance of their positions. No cache is made.
+    packing: types.Packing. Padding sees padding alone. A sequence's tokens stand together; where
+      it has branches, a completion sees its prompt, which comes first, and itself. No cache is
+      made.
   """
-  rows, s = segments.shape
+  rows, s = packing.segments.shape
 
   def attend(query, key, value, window, cache):
     del cache
     _check(config, query, key, value, rows * s)
     heads, dim = query.shape[1:]
     kv = key.shape[1]
+    key, value = (x.reshape(rows, s, kv, dim) for x in (key, value))
+    if config.attention != 'xla':
+      everything = slice(0, s)
+      out = flash.masked(config, query.reshape(rows, s, heads, dim), key, value,
+                         _visible(packing, everything, everything, window))
+      return out.reshape(-1, heads, dim), None
     query = query.reshape(rows, s, kv, heads // kv, dim).transpose(0, 2, 3, 1, 4)
-    key, value = cache_lib.to_store(*(x.reshape(rows, s, kv, dim) for x in (key, value)))
-    out = _normalized(_causal(config, query, key, value, window, segments))  # [B, kv, R, S, D]
+    key, value = cache_lib.to_store(key, value)
+    out = _normalized(_causal(config, query, key, value, window, packing))  # [B, kv, R, S, D]
     out = out.transpose(0, 3, 1, 2, 4).reshape(-1, heads, dim)
     return out.astype(config.dtype), None
 
@@ -221,33 +234,49 @@ def causal_blocks(length):
   return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _causal(config, query, key, value, window, segments=None):
+def _causal(config, query, key, value, window, packing=None):
   """Tokens over their own sequence.
 
   Args:
     query: [..., R, T, D]. key: [..., D, T]. value: [..., T, D].
-    segments: [B, T] where rows hold several sequences, B being the first axis; None: one each.
+    packing: types.Packing of rows [B, T] that hold several sequences, B being the first axis;
+      None: one each.
   Returns:
     Statistics as `_partial`, leading axes [..., R, T].
   """
   *batch, r, t, dim = query.shape
+  branched = packing is not None and packing.branches is not None
   blocks = []
   for start, stop in causal_blocks(t):
-    # A window known while tracing also cuts the keys that are too far back for the whole block.
-    first = max(0, start - window + 1) if isinstance(window, int) and window else 0
+    # A window known while tracing also cuts the keys that are too far back for the whole block:
+    # but for branches, whose prompt is nearer than it stands.
+    cuts = isinstance(window, int) and window and not branched
+    first = max(0, start - window + 1) if cuts else 0
     shape = stop - start, stop - first
-    distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None]
-    visible = (distance >= 0) & _in_window(distance, window)  # [queries, keys]
-    visible = visible.reshape((1,) * (len(batch) + 1) + shape)
-    if segments is not None:
-      same = segments[:, start:stop, None] == segments[:, None, first:stop]
-      visible &= same.reshape(batch[0], *(1,) * len(batch), *shape)
+    visible = _visible(packing, slice(start, stop), slice(first, stop), window)
+    visible = visible.reshape(-1, *(1,) * len(batch), *shape)
     scores = _scores(config, query[..., start:stop, :].reshape(*batch, r * shape[0], dim),
                      key[..., first:stop]).reshape(*batch, r, *shape)
     scores = _masked(scores, visible).reshape(*batch, r * shape[0], shape[1])
     statistics = _partial(config, scores, value[..., first:stop, :])
     blocks.append([x.reshape(*batch, r, shape[0], x.shape[-1]) for x in statistics])
   return tuple(jnp.concatenate(parts, axis=-2) for parts in zip(*blocks))
+
+
+def _visible(packing, queries, keys, window):
+  """[B, queries, keys] bool, for slices of the rows of `packing`; [1, ...] without one."""
+  places = lambda x: jnp.arange(x.start, x.stop)[None]
+  compare = lambda function, query, key: function(query[:, :, None], key[:, None])
+  visible = compare(jnp.greater_equal, places(queries), places(keys))
+  if packing is None or packing.branches is None:
+    distance = compare(jnp.subtract, places(queries), places(keys))
+  else:
+    distance = compare(jnp.subtract, packing.positions[:, queries], packing.positions[:, keys])
+    branches = packing.branches[:, keys]
+    visible &= compare(jnp.equal, packing.branches[:, queries], branches) | (branches == 0)[:, None]
+  if packing is not None:
+    visible &= compare(jnp.equal, packing.segments[:, queries], packing.segments[:, keys])
+  return visible & _in_window(distance, window)
 
 
 def _on_prompt(config, query, key, value, prompt_lengths, step, window):

@@ -69,6 +69,8 @@ def token_hidden(config, params, prompt_tokens, prompt_lengths, tokens, *, packi
   """The hidden states [B, T, width] of the completion tokens themselves; as `hidden` otherwise."""
   rows = _rows(config, params, prompt_tokens, prompt_lengths, tokens, packing, remat)
   if packing is not None:
+    if packing.branches is not None:
+      raise ValueError('a first token stands right behind its prompt in the first branch alone')
     return _at(rows, packing.predictors + 1)
   own = rows[:, prompt_tokens.shape[1]:].reshape(*tokens.shape, -1)
   return nn.with_logical_constraint(own, ('batch', None, None))
@@ -81,7 +83,7 @@ def _rows(config, params, prompt_tokens, prompt_lengths, tokens, packing, remat)
     if b != p:
       raise ValueError(f'{b} rows of targets do not fit {p} packed rows')
     rows, positions = prompt_tokens, packing.positions.reshape(-1)
-    attend = attention.packed(config, packing.segments)
+    attend = attention.packed(config, packing)
   else:
     if b % p:
       raise ValueError(f'{b} completions do not split over {p} prompts')

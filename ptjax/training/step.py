@@ -147,8 +147,8 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
     loss: a pure loss (see `call`).
     optimizer: optax transformation.
     schedule: `step -> learning rate`, for the metrics alone.
-    micro_batches: into how many parts the batch is split along prompts; the gradient does not
-      depend on it.
+    micro_batches: into how many parts the batch is split along prompts, or its packed rows along
+      those; the gradient does not depend on it.
     seed: of the keys of losses that draw.
     follow: `follow(reference, params, step) -> reference` where `state.reference` moves; its
       log-probs are then computed anew in each step.
@@ -168,25 +168,28 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
     return value, (metrics, loss_state)
 
   def in_parts(params, frozen, batch):
+    rows = rows_of(batch)
     _, outputs = jax.lax.scan(lambda _, part: (None, forward(params, frozen, part)), None,
-                              split(batch, micro_batches))
-    return jax.tree.map(lambda x: join(x, batch), outputs)
+                              split(rows, micro_batches))
+    return put_back(jax.tree.map(lambda x: join(x, rows), outputs), batch)
 
   def gradients(params, frozen, batch, loss_state, key):
     if micro_batches == 1:
       def objective(params):
-        outputs = forward(params, frozen, batch)
+        outputs = put_back(forward(params, frozen, rows_of(batch)), batch)
         value, aux = whole_loss({}, outputs, batch, loss_state, key)
         return value, (*aux, outputs)
       (value, (metrics, loss_state, outputs)), grads = jax.value_and_grad(
           objective, has_aux=True)(params)
       return value, metrics, loss_state, outputs, grads
 
-    parts = split(batch, micro_batches)
+    rows = rows_of(batch)
+    parts = split(rows, micro_batches)
     outputs = in_parts(params, frozen, batch)
     (value, (metrics, loss_state)), cotangents = jax.value_and_grad(whole_loss, has_aux=True)(
         {n: outputs[n] for n in attached if n in outputs}, outputs, batch, loss_state, key)
-    cotangents = split_arrays(cotangents, micro_batches, batch.prompt_lengths.shape[0])
+    cotangents = split_arrays(
+        taken_from(cotangents, batch), micro_batches, rows.prompt_lengths.shape[0])
 
     def accumulate(grads, item):
       part, cotangent = item
@@ -245,24 +248,25 @@ def make_log_prob_step(forward, *, output='log_probs', parts=1, mesh=None):
   Args:
     forward: see `make_train_step`.
     output: one of MODEL_OUTPUTS.
-    parts: into how many parts the batch is split along prompts, one computed after another, which
-      bounds activations; a batch whose prompts do not split so over the devices is taken whole.
+    parts: into how many parts the batch is split as micro-batches are, which bounds activations; one
+      that does not split so over the devices is taken whole.
     mesh: as for `make_train_step`.
   """
   devices = 1 if mesh is None else sharding.batch_size(mesh)
 
   def log_prob_step(params, batch, frozen):
     one = lambda part: forward(params, frozen, part)[output]
-    if parts == 1 or batch.prompt_lengths.shape[0] % (parts * devices):
-      return one(batch)
-    return join(jax.lax.map(one, split(batch, parts)), batch)
+    rows = rows_of(batch)
+    if parts == 1 or rows.prompt_lengths.shape[0] % (parts * devices):
+      return put_back(one(rows), batch)
+    return put_back(join(jax.lax.map(one, split(rows, parts)), rows), batch)
   return _compiled(log_prob_step, mesh, None if mesh is None else sharding.batch(mesh))
 
 
 def make_loss_step(forward, loss, *, mesh=None):
   """Returns a compiled `(params, batch, loss_state, frozen={}) -> metrics`, for held-out rows."""
   def loss_step(params, batch, loss_state, frozen):
-    outputs = forward(params, frozen, batch)
+    outputs = put_back(forward(params, frozen, rows_of(batch)), batch)
     key = keys.stream(0, 'held_out', 0) if 'key' in inspect.signature(loss).parameters else None
     value, metrics, _ = call(loss, outputs, with_old_log_probs(batch, outputs),
                              loss_state=loss_state, key=key)
@@ -336,6 +340,30 @@ def batch_metrics(outputs, batch):
     metrics['sampling/effective_sample_size'] = (
         jnp.square(weights.sum()) / (weights.size * jnp.square(weights).sum()))
   return metrics
+
+
+def rows_of(batch):
+  """What the forward pass runs on: the batch, or its packed rows."""
+  return batch if batch.packed is None else batch.packed.rows
+
+
+def put_back(outputs, batch):
+  """Outputs [R, M] of packed rows, put where the loss looks for them, [B, T]; zero elsewhere."""
+  if batch.packed is None:
+    return outputs
+  places, shape = batch.packed.places.reshape(-1), batch.tokens.shape
+  return jax.tree.map(
+      lambda x: jnp.zeros(shape, x.dtype).reshape(-1).at[places].set(
+          x.reshape(-1), mode='drop').reshape(shape), outputs)
+
+
+def taken_from(arrays, batch):
+  """Arrays [B, T] in the order of packed rows [R, M], zero on padding: `put_back`, transposed."""
+  if batch.packed is None:
+    return arrays
+  places = batch.packed.places
+  return jax.tree.map(
+      lambda x: x.reshape(-1).at[places].get(mode='fill', fill_value=0), arrays)
 
 
 def split(batch, parts):

@@ -122,7 +122,7 @@ def test_rows_are_nearly_the_fewest_that_hold_all():
   rng = np.random.default_rng(0)
   for _ in range(20):
     lengths = rng.integers(1, 11, 6)
-    rows = packing._fit(lengths, 12)
+    rows = packing.fit(lengths, 12)
     assert sorted(np.concatenate(rows)) == list(range(6))
     assert all(lengths[row].sum() <= 12 for row in rows)
     # Best fit decreasing needs at most 11/9 of the optimum and 6/9 more (Dosa, 2007).

@@ -164,22 +164,34 @@ def test_targets_of_other_rows_are_refused():
 
 @pytest.mark.parametrize('block, window', [(128, 0), (128, 3), (2, 0), (2, 1), (2, 3)])
 @pytest.mark.parametrize('softcap', [None, 1.5])
-def test_attention_equals_masks_written_out(block, window, softcap, monkeypatch):
+@pytest.mark.parametrize('branched', [False, True])
+def test_attention_equals_masks_written_out(branched, block, window, softcap, monkeypatch):
   monkeypatch.setattr(attention, '_BLOCK_QUERIES', block)
   config = dataclasses.replace(LLAMA, attention_softcap=softcap, query_scale=0.7)
   segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 3, 3, 3]], np.int32)
+  positions = np.array([[0, 1, 2, 0, 1, 2, 3, 0, 0], [0, 0, 1, 2, 3, 4, 0, 1, 2]], np.int32)
+  branches = None
+  if branched:  # of prompts of 1, 1, 1, 3 and 1 tokens
+    branches = np.array([[0, 1, 2, 0, 1, 1, 2, 0, 0], [0, 0, 0, 0, 1, 2, 0, 1, 1]], np.int32)
+    positions = np.array([[0, 1, 1, 0, 1, 2, 1, 0, 0], [0, 0, 1, 2, 3, 3, 0, 1, 2]], np.int32)
   rows, s = segments.shape
   query = RANDOM.normal(size=(rows * s, 4, 4))
   key, value = RANDOM.normal(size=(2, rows * s, 2, 4))
-  out, cache = jax.jit(attention.packed(config, jnp.asarray(segments)), static_argnums=3)(
-      *map(jnp.float32, (query, key, value)), window, None)
+  packing = types.Packing(
+      segments=segments, positions=positions, predictors=None, branches=branches)
+  out, cache = jax.jit(attention.packed(config, jax.tree.map(jnp.asarray, packing)),
+                       static_argnums=3)(*map(jnp.float32, (query, key, value)), window, None)
   assert cache is None
   at = np.arange(s)
   for row in range(rows):
     here = slice(row * s, (row + 1) * s)
     for i in range(s):
       visible = (segments[row] == segments[row, i]) & (at <= i)
-      if window:
+      if branched:
+        visible &= (branches[row] == 0) | (branches[row] == branches[row, i])
+      if window and segments[row, i]:
+        visible &= positions[row, i] - positions[row] < window
+      elif window and not branched:
         visible &= i - at < window
       for head in range(4):
         scores = key[here][:, head // 2] @ query[here][i, head] * 0.7

@@ -1,0 +1,191 @@
+"""Rows for the forward pass: completions of different lengths side by side, hardly any padding.
+
+Losses read one row of outputs per completion, [B, T]. The forward pass need not run on such rows:
+a prompt and some of its completions, then another prompt and its own, fill a row of W tokens, and
+what the model says of each token is put back where the loss looks for it (`PackedRows.places`).
+"""
+
+import numpy as np
+
+from ptjax import types
+from ptjax.data import batching
+from ptjax.data import packing
+
+MODES = ('auto', 'on', 'off')
+
+_SAVES = 1.15  # times the packed cost, that rows as they are must cost before 'auto' packs them
+# A shape that is compiled already is taken up to so many times the cost of the cheapest one; with
+# every further shape a new one must save more.
+_NEAR, _NEARER = 1.15, 0.05
+_SPARE = 0.05  # of its rows, that a new shape holds beyond what its first batch needs
+
+
+class Packer:
+  """Packs batches into rows of few shapes, each of which is a program to compile.
+
+  A batch takes the cheapest of the shapes so far that holds it, unless a new one is cheaper by
+  much; so a run has its shapes after a few steps. The layout depends on the batch and on `shapes`,
+  which a checkpoint keeps, and on nothing else.
+  """
+
+  def __init__(self, mode, *, width, multiple=1):
+    """Starts without shapes.
+
+    Args:
+      mode: 'off' leaves every batch as it is, 'on' packs it, 'auto' where that is cheaper.
+      width: of the model, in comparison to which attention over long rows is dear.
+      multiple: what the number of rows must be a multiple of (devices x micro-batches).
+    """
+    if mode not in MODES:
+      raise ValueError(f'mode is {mode!r}; expected one of {", ".join(MODES)}')
+    self.shapes = []  # (R rows, W tokens in each, M targets in each)
+    self._mode, self._width, self._multiple = mode, width, multiple
+
+  def __call__(self, batch):
+    """Returns the batch, a `types.TokenBatch` of NumPy arrays, with its `packed` rows if any."""
+    if self._mode == 'off':
+      return batch
+    found = self._choose(_Lengths(batch))
+    return batch if found is None else batch.replace(packed=_lay(batch, *found))
+
+  def _choose(self, lengths):
+    """(rows of completions, shape) of the cheapest way to pack, or None."""
+    fits = {}
+
+    def need(width):  # (rows of completions, their number, most targets in one)
+      if width not in fits:
+        rows = _fit(lengths, width)
+        most = max((int(lengths.targets[row].sum()) for row in rows), default=1)
+        fits[width] = rows, max(len(rows), 1), most
+      return fits[width]
+
+    known = []
+    for shape in self.shapes:
+      if shape[1] >= lengths.longest:
+        _, count, most = need(shape[1])
+        if count <= shape[0] and most <= shape[2]:
+          known.append(shape)
+    new = []
+    for width in _widths(lengths):
+      _, count, most = need(width)
+      eighth = max(1, width // 8)
+      new.append((self._rows(count), width, min(width, -(-most // eighth) * eighth)))
+    cheapest = min(new, key=self._cost)
+    shape = min(known, key=self._cost, default=None)
+    near = _NEAR + _NEARER * len(self.shapes)
+    if shape is None or self._cost(shape) > near * self._cost(cheapest):
+      shape = cheapest
+    if self._mode == 'auto' and self._plain_cost(lengths) < _SAVES * self._cost(shape):
+      return None
+    if shape not in self.shapes:
+      self.shapes.append(shape)
+    return need(shape[1])[0], shape
+
+  def _rows(self, count):
+    """A number of rows for batches that need about `count`; few different ones come out."""
+    count = int(np.ceil(count * (1 + _SPARE)))
+    step = max(1, 1 << max(count.bit_length() - 4, 0))
+    step = -(-step // self._multiple) * self._multiple
+    return -(-count // step) * step
+
+  def _cost(self, shape):
+    rows, width, _ = shape
+    return rows * width * self._token_cost(width)
+
+  def _plain_cost(self, lengths):
+    (p, s), (b, t) = lengths.plain
+    return p * s * self._token_cost(s) + b * t * self._token_cost(s + t)
+
+  def _token_cost(self, length):
+    """Of a token of a row, in units of one that attends to nothing.
+
+    By FLOPs attention over L keys costs L / (11 width) of a layer's other products; but it moves
+    more memory, and half its work on CPU is exponentials and masks.
+    """
+    return 1.0 + length / (4.0 * self._width)
+
+
+class _Lengths:
+  """What packing must know of a batch.
+
+  Attributes:
+    prompts: [P] int, tokens.
+    completions: [P, G] int, tokens up to the last that trains; 0 where none does.
+    targets: [B] int, tokens that train.
+    plain: the shapes of the batch as it is, ((P, S), (B, T)).
+    longest: tokens of the longest prompt with completion.
+  """
+
+  def __init__(self, batch):
+    mask = np.asarray(batch.loss_mask)
+    (p, _), (b, t) = self.plain = batch.prompt_tokens.shape, mask.shape
+    self.prompts = np.asarray(batch.prompt_lengths)
+    self.completions = np.where(mask, np.arange(1, t + 1), 0).max(1).reshape(p, b // p)
+    self.targets = mask.sum(1)
+    whole = np.where(self.completions > 0, self.prompts[:, None] + self.completions, 1)
+    self.longest = int(whole.max())
+
+
+def _widths(lengths):
+  """Widths of rows worth a look: from just above the longest sequence to about twice that."""
+  (_, s), (_, t) = lengths.plain
+  first = batching.bucket(lengths.longest)
+  found = {first, batching.bucket(first + 1), batching.bucket(batching.bucket(first + 1) + 1)}
+  return sorted(found | {s + t})
+
+
+def _fit(lengths, width):
+  """Rows of completions: arrays of their numbers, those of a prompt side by side.
+
+  The completions of each prompt are packed behind it, as few prompts as can be; what comes of it
+  is packed once more.
+  """
+  pieces, sizes = [], []
+  for prompt, own in enumerate(lengths.completions):
+    trained = np.flatnonzero(own)
+    for some in packing.fit(own[trained], width - int(lengths.prompts[prompt])):
+      pieces.append(prompt * len(own) + trained[some])
+      sizes.append(int(lengths.prompts[prompt] + own[trained[some]].sum()))
+  return [np.concatenate([pieces[i] for i in row]) for row in packing.fit(sizes, width)]
+
+
+def _lay(batch, rows, shape):
+  """The `types.PackedRows` of a batch, its completions in `rows`."""
+  r, w, m = shape
+  mask, tokens = np.asarray(batch.loss_mask), np.asarray(batch.tokens)
+  (b, t), group = mask.shape, len(mask) // len(batch.prompt_lengths)
+  laid, segments, positions, branches = np.zeros((4, r, w), np.int32)
+  targets, predictors = np.zeros((2, r, m), np.int32)
+  places = np.full((r, m), b * t, np.int32)
+  used = np.zeros(r, np.int32)
+  for row, completions in enumerate(rows):
+    end = done = segment = branch = 0
+    last = None  # the prompt of the completion before
+    for i in completions:
+      prompt = int(i) // group
+      length = int(batch.prompt_lengths[prompt])
+      if prompt != last:
+        start, end = end, end + length
+        laid[row, start:end] = batch.prompt_tokens[prompt, :length]
+        positions[row, start:end] = np.arange(length)
+        segment, branch, last = segment + 1, 0, prompt
+        segments[row, start:end] = segment
+      trained = np.flatnonzero(mask[i])
+      own = slice(end, end + int(trained[-1]) + 1)
+      branch += 1
+      laid[row, own] = tokens[i, :own.stop - own.start]
+      positions[row, own] = length + np.arange(own.stop - own.start)
+      segments[row, own], branches[row, own] = segment, branch
+      at = slice(done, done + len(trained))
+      targets[row, at] = tokens[i, trained]
+      predictors[row, at] = np.where(trained, own.start + trained - 1, start + length - 1)
+      places[row, at] = i * t + trained
+      end, done = own.stop, at.stop
+    used[row] = end
+  return types.PackedRows(
+      rows=types.TokenBatch(
+          prompt_tokens=laid, prompt_lengths=used, tokens=targets, loss_mask=places < b * t,
+          on_policy=np.asarray(False), inputs={},
+          packing=types.Packing(segments=segments, positions=positions, predictors=predictors,
+                                branches=branches)),
+      places=places)

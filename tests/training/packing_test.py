@@ -1,0 +1,285 @@
+"""Packed rows: every trained token once, few shapes, and outputs, losses and gradients as unpacked."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ptjax import algorithms
+from ptjax import sharding
+from ptjax import types
+from ptjax.models import config as config_lib
+from ptjax.models import transformer
+from ptjax.training import algorithm as binding
+from ptjax.training import forward as training_forward
+from ptjax.training import packing
+from ptjax.training import state as training_state
+from ptjax.training import step as training_step
+
+P, S, G, T, V = 4, 5, 4, 12, 19
+LLAMA = config_lib.TransformerConfig(
+    family='llama', vocab_size=V, width=16, num_layers=2, num_heads=4, num_kv_heads=2,
+    mlp_width=24, max_length=32)
+GPT2 = dataclasses.replace(
+    LLAMA, family='gpt2', num_kv_heads=4, position='learned', norm='layer', norm_bias=True,
+    gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, activation='gelu_tanh')
+GEMMA = dataclasses.replace(
+    LLAMA, family='gemma3_text', layer_windows=(3, 0), local_rope_theta=100.0, qk_norm=True,
+    post_norms=True, norm_offset=1.0, attention_softcap=2.0, logit_softcap=4.0)
+SLIDING = dataclasses.replace(LLAMA, layer_windows=(3, 3))
+CONFIGS = {'llama': LLAMA, 'gpt2': GPT2, 'gemma': GEMMA, 'sliding': SLIDING}
+
+
+def make_batch(seed=0, **inputs):
+  """Completions of 1 to T tokens; a group of the longest, which fits no row, and empty rows."""
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(1, T + 1, P * G)
+  lengths[:G] = T, 1, T, T - 1
+  mask = np.arange(T) < lengths[:, None]
+  mask[G + 1] = False
+  mask[2 * G:3 * G] = False  # nothing of this prompt trains
+  mask[-1, 1:3] = False  # tokens that are only read
+  floats = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  batch = types.TokenBatch(
+      prompt_tokens=rng.integers(0, V, (P, S)).astype(np.int32),
+      prompt_lengths=rng.integers(1, S + 1, P).astype(np.int32),
+      tokens=rng.integers(0, V, (P * G, T)).astype(np.int32), loss_mask=mask,
+      on_policy=np.asarray(False),
+      inputs={'advantages': floats(P * G), 'rollout_log_probs': -3 + 0.3 * floats(P * G, T),
+              'reference_log_probs': -3 + 0.3 * floats(P * G, T), **inputs})
+  batch.prompt_lengths[0] = S
+  return batch
+
+
+def pack(batch, multiple=1):
+  return packing.Packer('on', width=16, multiple=multiple)(batch)
+
+
+@functools.cache
+def _params(config, critic=None):
+  """Weights large enough that attention is far from uniform."""
+  random = np.random.RandomState(1)
+  def draw(path, leaf):
+    centre = 1.0 - config.norm_offset if path[-1].key == 'scale' else 0.0
+    return (centre + 0.3 * random.normal(size=leaf.shape)).astype(leaf.dtype)
+  shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+  if critic is not None:
+    head = {'kernel': np.zeros((16, 1), np.float32), 'bias': np.zeros(1, np.float32)}
+    body = {name: tree for name, tree in shapes.items() if name != 'head'}
+    shapes = {**shapes, 'critic': head if critic == 'head' else {**body, 'score': head}}
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+# --- the layout
+
+
+@pytest.mark.parametrize('seed', range(5))
+@pytest.mark.parametrize('multiple', [1, 4])
+def test_every_trained_token_stands_once_behind_its_prompt(seed, multiple):
+  batch = make_batch(seed)
+  packed = pack(batch, multiple).packed
+  rows, laid = packed.rows, packed.rows.packing
+  assert len(rows.tokens) % multiple == 0
+  found = packed.places[rows.loss_mask]
+  np.testing.assert_array_equal(np.sort(found), np.flatnonzero(batch.loss_mask))
+  np.testing.assert_array_equal(rows.tokens[rows.loss_mask], batch.tokens.reshape(-1)[found])
+  assert (packed.places[~rows.loss_mask] == batch.tokens.size).all()
+  for r, m in zip(*np.nonzero(rows.loss_mask)):
+    i, t = divmod(int(packed.places[r, m]), T)
+    at = laid.predictors[r, m]
+    segment = laid.segments[r] == laid.segments[r, at]
+    branch = laid.branches[r, at + 1] if t else None
+    # What the predicting token sees, read from the left, is the prompt and the tokens before.
+    seen = segment & (np.arange(len(segment)) <= at) & (
+        (laid.branches[r] == 0) | (t > 0) & (laid.branches[r] == laid.branches[r, at]))
+    prompt = batch.prompt_tokens[i // G, :batch.prompt_lengths[i // G]]
+    expected = np.concatenate([prompt, batch.tokens[i, :t]])
+    np.testing.assert_array_equal(rows.prompt_tokens[r, seen], expected)
+    np.testing.assert_array_equal(laid.positions[r, seen], np.arange(len(expected)))
+    assert branch != 0
+
+
+def test_a_group_too_long_for_a_row_stands_in_two():
+  laid = pack(make_batch()).packed
+  rows_of_first = {r for r, m in zip(*np.nonzero(laid.rows.loss_mask))
+                   if laid.places[r, m] < G * T}
+  assert len(rows_of_first) > 1
+
+
+def geometric(rng, *, prompts=8, group=8, prompt=32, longest=512, mean=64):
+  """A batch as a sampler draws it that stops at any token with the same probability."""
+  lengths = np.minimum(rng.geometric(1 / mean, prompts * group), longest)
+  return types.TokenBatch(
+      prompt_tokens=np.ones((prompts, prompt), np.int32),
+      prompt_lengths=np.full(prompts, prompt, np.int32),
+      tokens=np.ones((prompts * group, longest), np.int32),
+      loss_mask=np.arange(longest) < lengths[:, None], on_policy=np.asarray(True), inputs={})
+
+
+@pytest.mark.parametrize('prompt', [32, 256])
+def test_fifty_batches_of_any_lengths_take_few_shapes_and_little_room(prompt):
+  rng, packer, used, longest, new = np.random.default_rng(0), None, 0, 0, []
+  packer = packing.Packer('auto', width=256)
+  for step in range(50):
+    batch, known = geometric(rng, prompt=prompt), len(packer.shapes)
+    rows = packer(batch).packed.rows.prompt_tokens
+    new += [step] * (len(packer.shapes) - known)
+    used += rows.size
+    longest += 8 * prompt + 64 * batch.loss_mask.sum(1).max()
+  # Of some 20 shapes that would each be the cheapest of some batch.
+  assert len(packer.shapes) <= 5 and len([step for step in new if step > 10]) <= 2
+  assert longest > (3.4 if prompt == 32 else 2.3) * used  # padded to each batch's own longest
+
+
+def test_what_is_packed_follows_from_the_batch_and_the_shapes_alone():
+  rng = np.random.default_rng(1)
+  batches = [geometric(rng) for _ in range(6)]
+  straight, first, resumed = (packing.Packer('auto', width=256) for _ in range(3))
+  expected = [straight(batch) for batch in batches]
+  for batch in batches[:3]:
+    first(batch)
+  resumed.shapes = [tuple(shape) for shape in first.shapes]
+  for batch, other in zip(batches[3:], expected[3:]):
+    jax.tree.map(np.testing.assert_array_equal, resumed(batch), other)
+
+
+def test_rows_without_padding_are_left_as_they_are():
+  rng = np.random.default_rng(0)
+  full = geometric(rng, longest=64, mean=10**6)
+  assert packing.Packer('auto', width=256)(full).packed is None
+  assert packing.Packer('on', width=256)(full).packed is not None
+  assert packing.Packer('off', width=256)(geometric(rng)).packed is None
+  with pytest.raises(ValueError, match="'never'; expected one of auto, on, off"):
+    packing.Packer('never', width=256)
+
+
+def test_a_batch_that_trains_nothing_is_packed_too():
+  batch = make_batch()
+  batch = batch.replace(loss_mask=np.zeros_like(batch.loss_mask))
+  packed = pack(batch, 2).packed
+  assert len(packed.rows.tokens) == 2 and (packed.places == P * G * T).all()
+
+
+# --- outputs and gradients
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(config, params, batch):
+  """(outputs at [B, T], gradient of a function of every trained log-prob and entropy)."""
+  forward = training_forward.make_forward(
+      config, outputs=('log_probs', 'entropy', 'sum_squares'), temperature=0.8)
+  weights = jnp.cos(jnp.arange(P * G * T)).reshape(P * G, T) + 1.5
+
+  def loss(params):
+    out = training_step.put_back(
+        forward(params, {}, training_step.rows_of(batch)), batch)
+    return jnp.sum(weights * out['log_probs'] + weights**2 * out['entropy'],
+                   where=batch.loss_mask), out
+  gradient, out = jax.grad(loss, has_aux=True)(params)
+  return out, gradient
+
+
+def _assert_same_gradient(gradient, expected):
+  """As a whole to 1e-6; single entries feel float32 sums in another order a little more."""
+  flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+  norm = np.linalg.norm(flat(expected))
+  assert np.linalg.norm(flat(gradient) - flat(expected)) < 1e-6 * norm
+  scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+  chex.assert_trees_all_close(gradient, expected, atol=3e-6 * scale, rtol=0)
+
+
+@pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS)
+def test_packed_outputs_and_gradients_equal_those_of_plain_rows(config):
+  batch = make_batch()
+  out, gradient = _outputs(config, _params(config), pack(batch))
+  expected, expected_gradient = _outputs(config, _params(config), batch)
+  for name in ('log_probs', 'entropy', 'sum_squares'):
+    np.testing.assert_allclose(np.asarray(out[name])[batch.loss_mask],
+                               np.asarray(expected[name])[batch.loss_mask], rtol=1e-6, atol=1e-5)
+    assert (np.asarray(out[name])[~batch.loss_mask] == 0.0).all()
+  np.testing.assert_array_equal(np.asarray(out['likeliest'])[batch.loss_mask],
+                                np.asarray(expected['likeliest'])[batch.loss_mask])
+  _assert_same_gradient(gradient, expected_gradient)
+  assert np.asarray(out['log_probs'])[batch.loss_mask].std() > 0.3  # there is something to see
+
+
+# --- whole steps
+
+
+def take_step(batch, *, algo, critic=None, micro_batches=1, mesh=None):
+  """(metrics, parameters after a step of plain descent)."""
+  bound = binding.bind(algorithms.get(algo), {})
+  params = jax.tree.map(jnp.asarray, _params(LLAMA, critic))
+  optimizer, shardings = optax.sgd(1.0), None
+  state = training_state.init(params, optimizer)
+  if mesh is not None:
+    shardings = training_state.shardings(mesh, params, optimizer)
+    state = jax.device_put(state, shardings)
+  step = training_step.make_train_step(
+      training_forward.make_forward(LLAMA, outputs=training_step.model_outputs(bound.loss)),
+      bound.loss, optimizer, micro_batches=micro_batches, mesh=mesh, state_sharding=shardings)
+  state, metrics = step(state, training_step.place(batch, mesh))
+  return sharding.fetch((metrics, state.params))
+
+
+def _of_ppo():
+  floats = np.random.default_rng(7).normal(size=(3, P * G, T)).astype(np.float32)
+  return dict(zip(('advantages', 'returns', 'old_values'), floats))
+
+
+def _of_demonstrations():
+  last = np.arange(P * G) % G == G - 1
+  return {'demonstration': last, 'imitated': last & (np.arange(P * G) < 2 * G),
+          'from_rollouts': ~last}
+
+
+CASES = {
+    'grpo': {}, 'gspo': {}, 'ppo head': {'critic': 'head', 'inputs': _of_ppo},
+    'ppo model': {'critic': 'model', 'inputs': _of_ppo},
+    'luffy': {'inputs': _of_demonstrations}, 'hpt': {'inputs': _of_demonstrations}}
+
+
+@functools.cache
+def _plain_step(name):
+  case = CASES[name]
+  batch = make_batch(**case.get('inputs', dict)())
+  return batch, take_step(batch, algo=name.partition(' ')[0], critic=case.get('critic'))
+
+
+def _assert_same_step(found, expected):
+  _assert_same_gradient(found[1], expected[1])
+  chex.assert_trees_all_close(found[0], expected[0], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_a_packed_step_is_the_same_step(name):
+  batch, expected = _plain_step(name)
+  found = take_step(pack(batch), algo=name.partition(' ')[0], critic=CASES[name].get('critic'))
+  _assert_same_step(found, expected)
+  assert any(np.abs(a - b).max() > 1e-2 for a, b in zip(
+      jax.tree.leaves(found[1]), jax.tree.leaves(_params(LLAMA, CASES[name].get('critic')))))
+
+
+@pytest.mark.parametrize('mesh', [None, 'data=2,fsdp=2,tensor=2'])
+@pytest.mark.parametrize('micro_batches', [1, 2])
+def test_micro_batches_and_devices_split_packed_rows(mesh, micro_batches):
+  batch, expected = _plain_step('gspo')
+  mesh = None if mesh is None else sharding.make_mesh(mesh)
+  packed = pack(batch, micro_batches * (1 if mesh is None else sharding.batch_size(mesh)))
+  _assert_same_step(
+      take_step(packed, algo='gspo', micro_batches=micro_batches, mesh=mesh), expected)
+
+
+@pytest.mark.parametrize('parts', [1, 2])
+def test_a_scoring_pass_gives_one_row_per_completion(parts):
+  batch = make_batch()
+  score = training_step.make_log_prob_step(training_forward.make_forward(LLAMA), parts=parts)
+  plain, packed = (score(_params(LLAMA), some) for some in (batch, pack(batch, parts)))
+  np.testing.assert_allclose(np.asarray(packed)[batch.loss_mask],
+                             np.asarray(plain)[batch.loss_mask], rtol=1e-6, atol=1e-5)
+  assert packed.shape == batch.tokens.shape and (packed[~batch.loss_mask] == 0.0).all()

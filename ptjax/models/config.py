@@ -8,6 +8,7 @@ ACTIVATIONS = ('silu', 'gelu_tanh', 'gelu')
 NORMS = ('rms', 'layer')
 POSITIONS = ('rope', 'learned')
 DTYPES = ('float32', 'bfloat16', 'float16')
+ATTENTIONS = ('xla', 'cudnn', 'jax')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,9 @@ class TransformerConfig:
   score_bias: bool = False  # that head has a bias: token classifiers have, reward models have not
   dtype: str = 'float32'  # compute
   param_dtype: str = 'float32'  # storage
+  # Who attends outside decoding: 'xla' is attention.py, 'cudnn' a fused kernel for GPUs (flash.py),
+  # 'jax' the same calls as that without the kernel, on any device.
+  attention: str = 'xla'
 
   def __post_init__(self):
     def default(name, value):
@@ -60,7 +64,8 @@ class TransformerConfig:
     default('query_scale', self.head_dim**-0.5)
     default('layer_windows', (0,) * self.num_layers)
     for name, allowed in (('activation', ACTIVATIONS), ('norm', NORMS), ('position', POSITIONS),
-                          ('dtype', DTYPES), ('param_dtype', DTYPES)):
+                          ('dtype', DTYPES), ('param_dtype', DTYPES),
+                          ('attention', ATTENTIONS)):
       if getattr(self, name) not in allowed:
         raise settings.UserError(
             f'model {name} is {getattr(self, name)!r}; expected one of {", ".join(allowed)}')

@@ -24,6 +24,7 @@ from ptjax.data import chat
 from ptjax.data import prompts as prompt_door
 from ptjax.data import tokenizer as tokenizers
 from ptjax.evaluation import evaluate as evaluation
+from ptjax.models import flash
 from ptjax.models import hub
 from ptjax.models import peft
 from ptjax.models import presets
@@ -158,19 +159,24 @@ def load_policy(config, *, num_labels=0):
     alphabet = arithmetic.ALPHABET if task == 'arithmetic' else tokenizers.PRINTABLE
     tokenizer = chat.with_template(tokenizers.characters(alphabet), config.data.chat_template)
     sizes = {'vocab_size': len(tokenizer)} if config.model == settings.Config.model else {}
-    model = presets.get(config.model, **sizes, **dtypes)
+    model = _with_attention(presets.get(config.model, **sizes, **dtypes), config)
 
     def init(shardings):
       make = functools.partial(transformer.init, model)
       return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key)))(key)
     return Policy(model, tokenizer, tokenizers.eos_ids(tokenizer), init)
-  model = hub.load_config(config.model, **dtypes)
+  model = _with_attention(hub.load_config(config.model, **dtypes), config)
   tokenizer = chat.with_template(hub.load_tokenizer(config.model), config.data.chat_template)
   stop_ids = hub.load_stop_ids(config.model, tokenizer)
   if not stop_ids:
     tokenizers.eos_ids(tokenizer)  # says what is missing
   return Policy(model, tokenizer, stop_ids, lambda shardings: hub.load_params(
       config.model, model, shardings=shardings, key=key))
+
+
+def _with_attention(model, config):
+  return dataclasses.replace(model, attention=flash.choose(
+      model, config.model_settings.attention, jax.default_backend()))
 
 
 def check(plans, model, mesh):

@@ -39,11 +39,26 @@ class ModelSettings:
   param_dtype: str = 'float32'  # of the stored weights and the optimizer's moments
   # What the backward pass recomputes: none, dots (all but products of weights) or full.
   remat: str = 'dots'
+  attention: str = 'auto'  # auto (cuDNN's kernel on GPUs where it can), xla or cudnn
 
   def __post_init__(self):
     _choice('model_settings.dtype', self.dtype, ('float32', 'bfloat16'))
     _choice('model_settings.param_dtype', self.param_dtype, ('float32', 'bfloat16'))
     _choice('model_settings.remat', self.remat, ('none', 'dots', 'full'))
+    _choice('model_settings.attention', self.attention, ('auto', 'xla', 'cudnn'))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceSettings:
+  """What a GPU is told when the run starts; the environment's own settings win."""
+  xla_flags: str = 'auto'  # auto (those of gpu.py) or none
+  memory_fraction: float | None = None  # of a GPU's memory that JAX may take; None: its own 0.75
+  preallocate: bool = True  # take it at once, which saves fragmentation
+
+  def __post_init__(self):
+    _choice('device.xla_flags', self.xla_flags, ('auto', 'none'))
+    if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
+      raise UserError(f'device.memory_fraction={self.memory_fraction}: expected a fraction above 0')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +92,7 @@ class DataSettings:
   chat_template: str | None = None  # Jinja file, for models that have none; None: the tokenizer's
   overlong: str = 'drop'  # what to do with a longer prompt: drop, truncate (its left end) or error
   turns: str = 'last'  # of conversations to imitate: the last assistant turn, or all of them
-  packing: bool = True  # demonstrations: rows of several whole examples, without padding
+  packing: bool = True  # several examples or completions in a row, where that saves padding
   packed_tokens: int | None = None  # width of such rows; None: enough for the longest example
   reference_cache: str | None = 'auto'  # folder of reference log-probs; auto: beside the data
 
@@ -230,6 +245,24 @@ class EvaluationSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+  """The device that `--plan` reckons for; runs do not read it."""
+  device: str | None = None  # whose data sheet counts: A100, H100 or H200; None: as found, or H100
+  peak_tflops: float | None = None  # of one device, 1e12/s; None: of the data sheet, or measured
+  memory_gb_per_second: float | None = None  # between a device and its memory; None: likewise
+  link_gb_per_second: float | None = None  # that a device receives from others; None: likewise
+  efficiency: float = 0.4  # of given peaks and data sheets that a good program reaches, a fraction
+  memory_gib: float | None = None  # of one device; None: of the data sheet, or this machine's
+
+  def __post_init__(self):
+    for name in ('peak_tflops', 'memory_gb_per_second', 'link_gb_per_second', 'memory_gib'):
+      if getattr(self, name) is not None:
+        _positive(f'plan.{name}', getattr(self, name))
+    if not 0 < self.efficiency <= 1:
+      raise UserError(f'plan.efficiency={self.efficiency}: expected a fraction above 0')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """A whole run."""
   algo: str = 'grpo'  # several, as in sft,dpo, are stages that run one after the other
@@ -246,6 +279,7 @@ class Config:
   mesh: str = ''  # e.g. 'data=1,fsdp=8,tensor=1'; empty: all devices on fsdp
   loss: dict = dataclasses.field(default_factory=dict)  # the loss's own hyperparameters
   model_settings: ModelSettings = ModelSettings()
+  device: DeviceSettings = DeviceSettings()
   lora: LoraSettings = LoraSettings()
   data: DataSettings = DataSettings()
   rollout: RolloutSettings = RolloutSettings()
@@ -256,6 +290,7 @@ class Config:
   checkpoint: CheckpointSettings = CheckpointSettings()
   log: LogSettings = LogSettings()
   eval: EvaluationSettings = EvaluationSettings()
+  plan: PlanSettings = PlanSettings()
 
   def __post_init__(self):
     _choice('resume', self.resume, ('auto', 'never'))

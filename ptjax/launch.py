@@ -93,6 +93,8 @@ def main(argv):
       print(algorithm_table.as_json() if values['json'] else algorithm_table.as_text())
       return 0
     config = resolve(values)
+    from ptjax import gpu
+    gpu.prepare(config.device)
     from ptjax import assembly
     assembly.start_processes(values['coordinator'], values['num_processes'], values['process_id'])
     if values['plan']:

@@ -58,6 +58,20 @@ def bytes_received(text):
   return dict(total)
 
 
+def shapes(text, kind):
+  """Yields the shape of every array that the collectives of a kind, e.g. 'all-gather', give."""
+  for line in text.splitlines():
+    match = _COLLECTIVE.match(line)
+    if match and match[2] == kind:
+      found = [tuple(int(d) for d in dims.split(',') if d) for _, dims in _SHAPE.findall(match[1])]
+      yield from _results(found, kind, match[3])
+
+
+def _results(found, kind, started):
+  """Of what a collective lists, its results: an asynchronous start lists its operands first."""
+  return found[len(found) // 2:] if started and kind != 'all-reduce' else found
+
+
 def _computations(text):
   """Returns {name: its lines} and the entry's name."""
   found, entry, lines = {}, None, None
@@ -74,12 +88,10 @@ def _computations(text):
 
 
 def _size(shapes, kind, started):
-  """Bytes of a result; an asynchronous start also lists its operands, before the results."""
+  """Bytes of a result."""
   sizes = [_BYTES[name] * math.prod(int(d) for d in dims.split(','))
            for name, dims in _SHAPE.findall(shapes) if name in _BYTES and dims]
-  if started and kind != 'all-reduce':
-    sizes = sizes[len(sizes) // 2:]
-  return sum(sizes)
+  return sum(_results(sizes, kind, started))
 
 
 def _group_size(line):

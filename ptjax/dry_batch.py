@@ -11,9 +11,11 @@ import pathlib
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ptjax import doors
+from ptjax import keys
 from ptjax import reference
 from ptjax import sharding
 from ptjax import stage_run
@@ -23,7 +25,6 @@ from ptjax.data import sources
 from ptjax.data import tokenizer as tokenizers
 from ptjax.models import costs
 from ptjax.rewards import combine
-from ptjax.training import experience
 from ptjax.training import offline
 from ptjax.training import online
 
@@ -39,11 +40,15 @@ class Widest:
     rows: costs.Rows of a whole rollout, or of the batch of an offline stage.
     draws: (sampler's name, costs.Rows) of everything that is drawn, in order.
     passes: input's name -> types.TokenBatch of the rollout it is computed for, as shapes.
+    draw_share: of the optimizer steps, for which something is drawn.
+    batches: of an offline stage, that make up the data set; of filler, which has no end, one.
   """
   batch: parcels.TokenBatch
   rows: costs.Rows
   draws: list
   passes: dict
+  draw_share: float = 1.0
+  batches: int = 1
 
 
 def make(plan, policies, mesh, *, local):
@@ -87,13 +92,21 @@ def _of_rows(made, door):
   if made.reads_reference:
     reference.attach_zeros(door)
   batch, draws = door.widest(), []
-  if made.bound.own_turn is not None:
+  share = 1.0 if made.bound.own_turn is None else _own_share(made)
+  if made.bound.own_turn is not None and share:
     shown = types.SimpleNamespace(batch=lambda step: batch, epoch=lambda step: 0.0,
                                   rows=lambda step: range(len(batch.prompt_lengths)))
     draw = _zeros_of('policy', made.drawn_by()['policy'][1], draws)
     own, _, _ = offline.MixedSource(shown, draw, lambda key: True, seed=0).batch(None, 0)
     batch = max(batch, own, key=lambda either: either.tokens.size)
-  return Widest(_shapes(batch), rows_of(batch), draws, {})
+  return Widest(_shapes(batch), rows_of(batch), draws, {}, draw_share=share,
+                batches=door.steps_per_epoch)
+
+
+def _own_share(made):
+  """In how many of the stage's steps the policy answers itself, a fraction, by the run's seed."""
+  turn = lambda step: made.bound.own_turn(keys.stream(made.plan.config.seed, 'own_turn', step))
+  return float(jax.vmap(turn)(jnp.arange(made.plan.stage.steps)).mean())
 
 
 def _of_rollout(made, door):

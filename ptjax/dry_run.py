@@ -80,9 +80,8 @@ def update(made, batch, mesh):
       lambda: step.lower(made.targets(), place(batch, mesh), made.frozen_shapes()), mesh)
 
 
-def forward_pass(made, name, batch, mesh):
-  """Compiles one of a stage's `passes`; arguments as `update`."""
-  role, output = made.passes()[name]
+def forward_pass(made, role, output, batch, mesh):
+  """Compiles a forward pass of a role's model for one output; other arguments as `update`."""
   step = made.pass_step(role, output)
   return compile_program(
       lambda: step.lower(made.shapes(role), place(batch, mesh), made.frozen_shapes()), mesh)

@@ -17,7 +17,7 @@ FLOORS = {
     'algorithms': 3, 'rollout': 3,
     'training': 4, 'evaluation': 4,
     'algorithm_table': 5, 'asking': 5, 'assembly': 5, 'collectives': 5, 'doors': 5,
-    'dry_batch': 5, 'dry_run': 5, 'experiment': 5,
+    'dry_batch': 5, 'dry_run': 5, 'experiment': 5, 'plan_fit': 5, 'plan_text': 5, 'rates': 5,
     'job': 5, 'launch': 5, 'planner': 5, 'reference': 5, 'stage_run': 5, 'stages': 5,
     'inspect': 5, 'learned': 5,
 }
@@ -32,7 +32,6 @@ HOMES = {  # outside package -> where it may be imported
     'lm_eval': ('evaluation/harness',),
     'torch': (),
 }
-LONG = {'planner': 408}  # lines of those files past 400 that hold one idea still
 
 
 def imports(path):
@@ -84,7 +83,7 @@ def test_files_can_be_held_in_the_head():
   lines = {name: len(path.read_text().splitlines()) for name, path in modules()}
   lines |= {f'tests/{path.relative_to(TESTS)}': len(path.read_text().splitlines())
             for path in TESTS.rglob('*.py')}
-  long = {name: count for name, count in lines.items() if count > LONG.get(name, 400)}
+  long = {name: count for name, count in lines.items() if count > 400}
   assert not long, long
 
 

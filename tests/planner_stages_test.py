@@ -14,7 +14,10 @@ from ptjax import config as settings
 from ptjax import doors
 from ptjax import dry_batch
 from ptjax import dry_run
+from ptjax import keys
+from ptjax import plan_text
 from ptjax import planner
+from ptjax import rates as device_rates
 from ptjax import sharding
 from ptjax import stage_run
 from ptjax import stages
@@ -181,9 +184,74 @@ def test_a_chain_is_planned_stage_by_stage(root, mesh):
   config = config_of(root, 'sft,dpo', 'rows', f'stages.dpo.dataset={root}/pairs.jsonl')
   model, (sft, dpo) = planner.estimate(config, mesh)
   assert sft.rows.packed and not dpo.rows.packed and dpo.rows.group_size == 2
-  assert set(sft.programs) == set(dpo.programs) == {'update'}
-  lines = [*planner._stage_lines(sft, mesh, planner.assumed_rates(model, mesh)),
-           *planner._stage_lines(dpo, mesh, planner.assumed_rates(model, mesh))]
-  text = '\n'.join(lines)
+  assert set(sft.programs) == {'update'}
+  assert set(dpo.programs) == {'reference log-probs', 'update'}
+  rates = device_rates.assumed(config.plan, model, mesh)
+  text = '\n'.join(line for stage in (sft, dpo)
+                   for line in plan_text._stage_lines(stage, mesh, rates))
   assert re.search(r'stage sft: \d+ packed rows? of \d+ tokens, up to \d+ of them targets', text)
   assert 'stage dpo: 8 prompts x 2, up to 8 + 8 tokens' in text
+  assert 'work once, before the first step' in text.partition('stage dpo')[2]
+
+
+@pytest.mark.slow
+def test_the_reference_of_an_offline_stage_passes_every_row_once(root, mesh):
+  config = config_of(root, 'dpo', 'pairs', 'training.micro_batches=2')
+  _, (stage,) = planner.estimate(config, mesh)
+  once, = [work for work in stage.work if work.once]
+  model = hub.load_config(root / 'model')
+  # 16 rows are two batches of 8 pairs.
+  assert once.flops == 2 * costs.log_prob_flops(model, stage.rows)
+  made, arguments = begun(config, mesh, root / 'scored')
+  state, batch, frozen = arguments
+  run = dry_run.compile_program(
+      lambda: made.pass_step('reference', 'log_probs').lower(state.params, batch, frozen), mesh)
+  planned = stage.programs['reference log-probs']
+  assert planned.temporaries == run.temporaries and planned.outputs == run.outputs
+  # Forward only, in the update's parts: it never holds more than the update.
+  assert planned.temporaries < stage.programs['update'].temporaries
+
+
+@pytest.mark.slow
+def test_a_draw_of_some_steps_counts_in_some(root, mesh):
+  def decode_of(fraction, *more):
+    config = config_of(root, 'gkd', 'rows', f'loss.student_fraction={fraction}', *more)
+    _, (stage,) = planner.estimate(config, mesh)
+    return sum(work.flops for work in stage.work if work.name == 'decode')
+  always = decode_of(1.0)
+  assert always > 0 and decode_of(0.0) == 0
+  config = config_of(root, 'gkd', 'rows', 'training.steps=64', 'loss.student_fraction=0.25')
+  plan, = stages.stage_plans(config)
+  own = [bool(plan.bind().own_turn(keys.stream(0, 'own_turn', step))) for step in range(64)]
+  assert decode_of(0.25, 'training.steps=64') == always * sum(own) / 64
+
+
+@pytest.mark.slow
+def test_critic_reference_and_reward_model_together(root, mesh, tmp_path):
+  job_runs.export_model(root / 'rewarder', **SIZES, num_labels=1)
+  spec = f'model:{root / "rewarder"}'
+  config = dataclasses.replace(
+      config_of(root, 'ppo', 'rows', 'critic=model', 'training.mini_batches=2'), reward=(spec,))
+  _, (stage,) = planner.estimate(config, mesh)
+  assert set(stage.resident) == {
+      'parameters', 'critic', 'reference', f'--reward={spec}', 'optimizer state', 'one batch'}
+  plans = stages.stage_plans(config)
+  policies = assembly.load_policies(config, plans)
+  data = doors.load_data(config, plans, policies['policy'], parts=sharding.batch_size(mesh),
+                         mesh=mesh)
+  made = stage_run.StageRun(plans[0], policies, data, mesh, tmp_path)
+  state = made.begin(None)
+  count, held = dry_run.bytes_per_device, stage.resident
+  assert held['parameters'] + held['critic'] == count(state.params)
+  assert held['critic'] == count(state.params['critic']) > 0
+  assert held['reference'] == count(made._start)
+  assert held['optimizer state'] == count(state.opt_state) + count(
+      (state.step, state.bad_steps, state.loss_state))
+  names = {work.name for work in stage.work}
+  assert {f'--reward={spec}', 'prefill', 'decode', 'old log-probs', 'old values',
+          'reference log-probs', 'update'} <= names
+  # Two models train, and forward and backward of one are more than three forward passes.
+  model, update = hub.load_config(root / 'model'), stage.work[-1]
+  rows = costs.Rows(4, *stage.rows[1:])
+  assert update.flops > 2 * costs.update_flops(
+      dataclasses.replace(model, num_labels=1), rows, remat='dots')

@@ -34,6 +34,12 @@ def layer_weights(config):
   return attention + (3 if config.gated_mlp else 2) * down, down
 
 
+def product_weights(config):
+  """Weights that a forward pass multiplies with: all layers' and the head's."""
+  return config.num_layers * layer_weights(config)[0] + config.width * (
+      config.num_labels or config.vocab_size)
+
+
 def log_prob_flops(config, rows):
   """FLOPs of `policy.log_probs`, each prompt run once for its group, or rows packed."""
   return sum(_layers(config, rows)) + head_flops(config, rows.completions * rows.completion_tokens)

@@ -21,7 +21,7 @@ from ptjax import config as settings
 # trailing dot means the whole section. Another number of steps moves the end of a decaying
 # schedule, which is what extending a run asks for; another mesh changes only rounding.
 MAY_CHANGE = ('training.steps', 'out_dir', 'resume', 'mesh', 'log.', 'eval.', 'checkpoint.',
-              'rewards.workers')
+              'rewards.workers', 'plan.')
 
 _PACKAGES = ('ptjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'numpy')
 

@@ -1,0 +1,101 @@
+"""What a device does per second: given, of a data sheet, or measured here and now."""
+
+import dataclasses
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+
+from ptjax import config as settings
+
+# Data sheets (SXM): dense bfloat16 and TF32 FLOP/s, memory and NVLink bytes/s (one way), GiB.
+DEVICES = {
+    'A100': (312e12, 156e12, 2.04e12, 300e9, 80), 'H100': (989e12, 494e12, 3.35e12, 450e9, 80),
+    'H200': (989e12, 494e12, 4.8e12, 450e9, 141),
+}
+_PER_NODE = 8
+_NETWORK = 50e9  # bytes/s of each device's share of the network between nodes (400 Gbit/s)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+  """What one device does per second."""
+  name: str
+  flops: float
+  bytes: float  # to and from its memory
+  link: float  # bytes received from other devices
+  memory: float | None = None  # GiB it has, where known
+
+
+def assumed(options, model, mesh):
+  """The rates that seconds are reckoned with.
+
+  Args:
+    options: config.PlanSettings; what it gives wins.
+    model: TransformerConfig.
+    mesh: the mesh. A program for one CPU is timed by this CPU; one for several virtual devices, or
+      in bfloat16, is meant for GPUs.
+  Raises:
+    UserError: a device without a data sheet.
+  """
+  device = mesh.devices.flat[0]
+  if options.device is not None and options.device not in DEVICES:
+    raise settings.UserError(f'plan.device={options.device}: no data sheet'
+                             + settings.near_names(options.device, DEVICES))
+  here = device.platform == 'cpu' and mesh.size == 1 and model.dtype == 'float32'
+  given = {name: value for name, value in (
+      ('flops', options.peak_tflops), ('bytes', options.memory_gb_per_second),
+      ('link', options.link_gb_per_second)) if value is not None}
+  if options.device is None and here:
+    found, share = measured(), 1.0  # as measured, nothing taken off
+  else:
+    found = _data_sheet(options.device or next(
+        (name for name in DEVICES if name in device.device_kind), 'H100'), model, mesh)
+    share = options.efficiency
+  units = {'flops': 1e12, 'bytes': 1e9, 'link': 1e9}
+  rates = {name: options.efficiency * given[name] * units[name] if name in given
+           else share * getattr(found, name) for name in units}
+  name = found.name if share == 1.0 else f'{share:.0%} of {found.name}'
+  if given:
+    name = f'{options.efficiency:.0%} of the peaks given' + (
+        '' if len(given) == len(units) else f', else {name}')
+  memory = found.memory if options.memory_gib is None else options.memory_gib
+  return Rates(name, **rates, memory=memory)
+
+
+def _data_sheet(name, model, mesh):
+  half, single, memory, link, size = DEVICES[name]
+  several = mesh.size > _PER_NODE
+  if several:  # a collective over all devices is as fast as its slowest link
+    link = _NETWORK
+  return Rates(f'the data sheet of {name}' + ', 400 Gbit/s each between nodes' * several,
+               half if model.dtype == 'bfloat16' else single, memory, link, size)
+
+
+def measured():
+  """This device's float32 matrix-product FLOP/s and memory bytes/s, each the best of three."""
+  turns = 4
+  def best(function, argument):
+    # In a loop, so that no fresh memory is touched for the first time.
+    compiled = jax.jit(lambda x: jax.lax.fori_loop(0, turns, lambda _, y: function(y), x))
+    jax.block_until_ready(compiled(argument))
+    times = []
+    for _ in range(3):
+      started = time.perf_counter()
+      jax.block_until_ready(compiled(argument))
+      times.append((time.perf_counter() - started) / turns)
+    return min(times)
+  matrix, vector = jnp.ones((1024, 1024), jnp.float32), jnp.ones(1 << 23, jnp.float32)
+  memory = 2 * vector.nbytes / best(lambda x: x + 1, vector)
+  return Rates('products and copies measured here now',
+               2 * 1024**3 / best(lambda x: x @ matrix / 1024, matrix), memory, memory,
+               _machine_memory())
+
+
+def _machine_memory():
+  """GiB of this machine, or None where the system does not say."""
+  try:
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30
+  except (AttributeError, OSError, ValueError):
+    return None

@@ -1,0 +1,49 @@
+"""A plan in words."""
+
+import pytest
+
+from ptjax import config as settings
+from ptjax import plan_fit
+from ptjax import plan_text
+from ptjax import planner
+from ptjax import rates
+from ptjax.models import costs
+
+RATES = rates.Rates('test', flops=1e12, bytes=1e9, link=1e9, memory=80)
+
+
+def fit_text(resident, phases, **answer):
+  stage = planner.StageEstimate(
+      'grpo', costs.Rows(8, 16, 2, 8), {'parameters': resident * 2**30},
+      {name: {'activations': size * 2**30} for name, size in phases.items()}, (), {})
+  fit = plan_fit.Fit(limit=0.92 * 80 * 2**30, **answer)
+  return stage, '\n'.join(plan_text._fit_lines(settings.Config(), stage, fit, RATES))
+
+
+def test_a_stage_that_does_not_fit_says_what_to_change():
+  stage, text = fit_text(60, {'update': 1, 'rollout': 19}, micro_batches=1, prompts=8, rollout=4)
+  assert stage.fullest == 'rollout' and stage.peak == 79 * 2**30
+  assert 'does not fit into 80 GiB' in text and 'lower rollout.num_prompts' in text
+  assert 'rollouts of up to 4 prompts x 8 (now 8)' in text
+
+
+def test_an_update_that_fits_in_no_micro_batch_says_so():
+  _, text = fit_text(79, {'update': 9}, micro_batches=None, prompts=None, rollout=0)
+  assert 'no micro-batch, not even one with a prompt per device' in text
+  assert 'rollouts of up to 0 prompts' in text
+
+
+def test_a_stage_that_fits_is_not_told_otherwise():
+  _, text = fit_text(7, {'update': 9}, micro_batches=1, prompts=8, rollout=None)
+  assert 'does not fit' not in text and 'rollouts' not in text
+
+
+def test_nothing_is_said_of_an_unknown_memory():
+  assert list(plan_text._fit_lines(settings.Config(), None, None, RATES)) == []
+
+
+@pytest.mark.parametrize('size, text', [
+    (0, '-'), (3 * 2**20, '3.0 MiB'), (999 * 2**20, '999.0 MiB'), (1022 * 2**30, '1.00 TiB'),
+    (5000 * 2**50, '5,000.00 PiB')])
+def test_sizes_are_short(size, text):
+  assert plan_text._bytes(size) == text

@@ -93,7 +93,7 @@ class DataSettings:
   overlong: str = 'drop'  # what to do with a longer prompt: drop, truncate (its left end) or error
   turns: str = 'last'  # of conversations to imitate: the last assistant turn, or all of them
   packing: bool = True  # several examples or completions in a row, where that saves padding
-  packed_tokens: int | None = None  # width of such rows; None: enough for the longest example
+  packed_tokens: int | None = None  # width of rows of examples; None: enough for the longest
   reference_cache: str | None = 'auto'  # folder of reference log-probs; auto: beside the data
 
   def __post_init__(self):

@@ -166,7 +166,7 @@ class _Run:
     if restored is None and stage.index == 0 and evaluate is not None:
       self._record(0, {**evaluate(state.params), 'stage': 'start'}, None)
     source = made.source()
-    if restored is not None and restored.experience is not None:
+    if restored is not None:
       source.restore(restored.experience, restored.metadata['pending_metrics'])
 
     def save(step, state, pending, pending_metrics, counters):

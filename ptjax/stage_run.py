@@ -20,6 +20,7 @@ from ptjax.training import held_out
 from ptjax.training import offline
 from ptjax.training import online
 from ptjax.training import optimizer as optimizers
+from ptjax.training import packing
 from ptjax.training import recipes
 from ptjax.training import state as training_state
 from ptjax.training import step as training_step
@@ -59,6 +60,10 @@ class StageRun:
     merge = functools.partial(trained.whole, self._config.lora)
     self._merge = jax.jit(merge, out_shardings=sharding.tree_sharding(mesh, shapes))
     self._forward = assembly.make_forward(plan, policies)
+    self._packer = packing.Packer(
+        width=self._policy.config.width,
+        multiple=sharding.batch_size(mesh) * self._config.training.micro_batches,
+    ) if plan.packs_rollouts else None
 
   # --- state
 
@@ -232,7 +237,8 @@ class StageRun:
     log_probs = {name: self._pass(*what) for name, what in self.passes().items()}
     return online.RolloutSource(
         self.collector(door, samplers, log_probs, self._data.rewards), config.training,
-        seed=config.seed, mesh=self._mesh, samples_every=config.log.samples_every)
+        seed=config.seed, mesh=self._mesh, samples_every=config.log.samples_every,
+        packer=self._packer)
 
   def collector(self, door, samplers, log_probs, reward_set):
     """Returns what makes batches of prompts (see experience.Collector for the arguments)."""
@@ -327,8 +333,9 @@ class StageRun:
 
   def _host_outputs(self, role, output='log_probs'):
     step = self.pass_step(role, output)
+    packed = self._packer or (lambda batch: batch)
     return lambda params, batch: sharding.fetch(
-        step(params, training_step.place(batch, self._mesh), frozen=self._frozen))
+        step(params, training_step.place(packed(batch), self._mesh), frozen=self._frozen))
 
   # --- the reference of an offline stage
 

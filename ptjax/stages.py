@@ -75,6 +75,12 @@ class StagePlan:
     return (self.config.data.packing and self.row.door == 'demonstrations'
             and 'log_probs' in names and names <= per_token)
 
+  @property
+  def packs_rollouts(self):
+    """Whether completions of a rollout may share rows; not where a teacher reads other prompts."""
+    return (self.config.data.packing and self.online
+            and recipes.RECIPES[self.row.recipe].privileged is None)
+
   def bind(self):
     """Returns the row with its hyperparameters set, a training.algorithm.Bound."""
     return binding.bind(self.row, self.hyperparameters,

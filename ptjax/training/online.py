@@ -8,6 +8,8 @@ from ptjax import types
 from ptjax.training import experience
 from ptjax.training import step as training_step
 
+_SHAPES = 'packed_shapes'  # beside the metrics of a pending rollout
+
 
 class RolloutSource:
   """Turns a step number into a batch; all else follows from (seed, step, parameters).
@@ -19,15 +21,17 @@ class RolloutSource:
     mesh: where batches are placed, or None.
     samples_every: optimizer steps between rollouts that give samples; the stage's first and last
       rollout always do.
+    packer: packing.Packer of the batches, or None.
   """
   waits_for_params = True  # sampling needs the newest, so nothing is gained by running ahead
 
-  def __init__(self, collector, training, *, seed, mesh=None, samples_every=1):
+  def __init__(self, collector, training, *, seed, mesh=None, samples_every=1, packer=None):
     self._collector = collector
     self._training = training
     self._seed = seed
     self._mesh = mesh
     self._samples_every = samples_every
+    self._packer = packer
     self._experience = None
     self.updates_per_rollout = training.mini_batches * training.epochs
 
@@ -49,6 +53,8 @@ class RolloutSource:
       metrics = {k: v for k, v in metrics.items() if not k.startswith(('timing_s/', 'perf/'))}
     metrics['rollout_tokens'] = int(whole.loss_mask.sum()) if update == 0 else 0
     metrics['train_tokens'] = int(batch.loss_mask.sum())
+    if self._packer is not None:
+      batch = self._packer(batch)
     return training_step.place(batch, self._mesh), metrics, samples
 
   def complete(self, step, metrics):
@@ -73,22 +79,33 @@ class RolloutSource:
     return index == 0 or last or crossed
 
   def pending(self, step):
-    """What a checkpoint after `step` steps must hold: the rollout in the middle of its updates."""
+    """What a checkpoint after `step` steps must hold: the rollout in the middle of its updates.
+
+    Its batch is held as it was drawn; packing follows from it and from the shapes so far.
+    """
+    shapes = self._packer.shapes if self._packer is not None else []
+    metrics = {_SHAPES: shapes} if shapes else {}
     if step % self.updates_per_rollout == 0:
-      return None, {}
+      return None, metrics
     batch = self._experience.batch
     arrays = {'prompt_tokens': batch.prompt_tokens, 'prompt_lengths': batch.prompt_lengths,
               'tokens': batch.tokens, 'loss_mask': batch.loss_mask, 'on_policy': batch.on_policy,
               **{f'input:{name}': x for name, x in batch.inputs.items()}}
-    return {k: np.asarray(v) for k, v in arrays.items()}, self._experience.metrics
+    return {k: np.asarray(v) for k, v in arrays.items()}, {**self._experience.metrics, **metrics}
 
   def restore(self, arrays, metrics):
     """Takes back what `pending` gave."""
+    metrics = dict(metrics)
+    shapes = metrics.pop(_SHAPES, [])
+    if self._packer is not None:
+      self._packer.shapes = [tuple(shape) for shape in shapes]
+    if arrays is None:
+      return
     arrays = dict(arrays)
     inputs = {k.removeprefix('input:'): arrays.pop(k)
               for k in list(arrays) if k.startswith('input:')}
     batch = types.TokenBatch(**arrays, inputs=inputs)
-    self._experience = experience.Experience(jax.tree.map(np.asarray, batch), dict(metrics), [])
+    self._experience = experience.Experience(jax.tree.map(np.asarray, batch), metrics, [])
 
 
 def mini_batch(batch, *, index, count, seed, rollout, epoch, on_policy):

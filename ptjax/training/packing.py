@@ -11,9 +11,7 @@ from ptjax import types
 from ptjax.data import batching
 from ptjax.data import packing
 
-MODES = ('auto', 'on', 'off')
-
-_SAVES = 1.15  # times the packed cost, that rows as they are must cost before 'auto' packs them
+_SAVES = 1.15  # times the packed cost, that rows as they are must cost before they are packed
 # A shape that is compiled already is taken up to so many times the cost of the cheapest one; with
 # every further shape a new one must save more.
 _NEAR, _NEARER = 1.15, 0.05
@@ -28,23 +26,19 @@ class Packer:
   which a checkpoint keeps, and on nothing else.
   """
 
-  def __init__(self, mode, *, width, multiple=1):
+  def __init__(self, *, width, multiple=1, always=False):
     """Starts without shapes.
 
     Args:
-      mode: 'off' leaves every batch as it is, 'on' packs it, 'auto' where that is cheaper.
       width: of the model, in comparison to which attention over long rows is dear.
       multiple: what the number of rows must be a multiple of (devices x micro-batches).
+      always: whether to pack also where it is not cheaper.
     """
-    if mode not in MODES:
-      raise ValueError(f'mode is {mode!r}; expected one of {", ".join(MODES)}')
     self.shapes = []  # (R rows, W tokens in each, M targets in each)
-    self._mode, self._width, self._multiple = mode, width, multiple
+    self._width, self._multiple, self._always = width, multiple, always
 
   def __call__(self, batch):
     """Returns the batch, a `types.TokenBatch` of NumPy arrays, with its `packed` rows if any."""
-    if self._mode == 'off':
-      return batch
     found = self._choose(_Lengths(batch))
     return batch if found is None else batch.replace(packed=_lay(batch, *found))
 
@@ -75,7 +69,7 @@ class Packer:
     near = _NEAR + _NEARER * len(self.shapes)
     if shape is None or self._cost(shape) > near * self._cost(cheapest):
       shape = cheapest
-    if self._mode == 'auto' and self._plain_cost(lengths) < _SAVES * self._cost(shape):
+    if not self._always and self._plain_cost(lengths) < _SAVES * self._cost(shape):
       return None
     if shape not in self.shapes:
       self.shapes.append(shape)

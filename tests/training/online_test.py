@@ -8,6 +8,7 @@ from ptjax import config as settings
 from ptjax import types
 from ptjax.training import experience
 from ptjax.training import online
+from ptjax.training import packing
 
 P, G, T = 4, 2, 3
 
@@ -33,9 +34,10 @@ class Collector:
         batch, {'reward': float(index), 'timing_s/rollout': 1.0, 'perf/x': 2.0}, ['sample'])
 
 
-def source_of(collector=None, **training):
+def source_of(collector=None, packer=None, **training):
   training = settings.TrainingSettings(**{'steps': 12, 'mini_batches': 2, 'epochs': 2, **training})
-  return online.RolloutSource(collector or Collector(), training, seed=0, samples_every=3)
+  return online.RolloutSource(
+      collector or Collector(), training, seed=0, samples_every=3, packer=packer)
 
 
 def leaves(batch):
@@ -57,21 +59,24 @@ def test_one_rollout_feeds_epochs_times_mini_batches():
   assert rows((0, 1)) == rows((2, 3)) == list(range(P * G))
 
 
-@pytest.mark.parametrize('stop', [1, 2, 3, 5])
-def test_a_resumed_rollout_goes_on_with_the_same_pieces(stop):
-  straight, first = source_of(), source_of()
+@pytest.mark.parametrize('packs', [False, True])
+@pytest.mark.parametrize('stop', [1, 2, 3, 4, 5])
+def test_a_resumed_rollout_goes_on_with_the_same_pieces(stop, packs):
+  packer = lambda: packing.Packer(width=8, always=True) if packs else None
+  straight, first = source_of(packer=packer()), source_of(packer=packer())
   expected = [straight.batch('p', step) for step in range(6)]
   for step in range(stop):
     first.batch('p', step)
   arrays, metrics = first.pending(stop)
   collector = Collector()
-  resumed = source_of(collector)
+  resumed = source_of(collector, packer())
   resumed.restore(arrays, metrics)
   for step in range(stop, 6):
     batch, found, _ = resumed.batch('p', step)
     for one, other in zip(leaves(batch), leaves(expected[step][0]), strict=True):
       np.testing.assert_array_equal(one, other)
     assert found == expected[step][1]
+    assert (batch.packed is not None) == packs
   assert all(index > 0 for _, index in collector.calls)
 
 

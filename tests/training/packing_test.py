@@ -57,7 +57,7 @@ def make_batch(seed=0, **inputs):
 
 
 def pack(batch, multiple=1):
-  return packing.Packer('on', width=16, multiple=multiple)(batch)
+  return packing.Packer(width=16, multiple=multiple, always=True)(batch)
 
 
 @functools.cache
@@ -124,7 +124,7 @@ def geometric(rng, *, prompts=8, group=8, prompt=32, longest=512, mean=64):
 @pytest.mark.parametrize('prompt', [32, 256])
 def test_fifty_batches_of_any_lengths_take_few_shapes_and_little_room(prompt):
   rng, packer, used, longest, new = np.random.default_rng(0), None, 0, 0, []
-  packer = packing.Packer('auto', width=256)
+  packer = packing.Packer(width=256)
   for step in range(50):
     batch, known = geometric(rng, prompt=prompt), len(packer.shapes)
     rows = packer(batch).packed.rows.prompt_tokens
@@ -139,7 +139,7 @@ def test_fifty_batches_of_any_lengths_take_few_shapes_and_little_room(prompt):
 def test_what_is_packed_follows_from_the_batch_and_the_shapes_alone():
   rng = np.random.default_rng(1)
   batches = [geometric(rng) for _ in range(6)]
-  straight, first, resumed = (packing.Packer('auto', width=256) for _ in range(3))
+  straight, first, resumed = (packing.Packer(width=256) for _ in range(3))
   expected = [straight(batch) for batch in batches]
   for batch in batches[:3]:
     first(batch)
@@ -151,11 +151,9 @@ def test_what_is_packed_follows_from_the_batch_and_the_shapes_alone():
 def test_rows_without_padding_are_left_as_they_are():
   rng = np.random.default_rng(0)
   full = geometric(rng, longest=64, mean=10**6)
-  assert packing.Packer('auto', width=256)(full).packed is None
-  assert packing.Packer('on', width=256)(full).packed is not None
-  assert packing.Packer('off', width=256)(geometric(rng)).packed is None
-  with pytest.raises(ValueError, match="'never'; expected one of auto, on, off"):
-    packing.Packer('never', width=256)
+  assert packing.Packer(width=256)(full).packed is None
+  assert packing.Packer(width=256, always=True)(full).packed is not None
+  assert packing.Packer(width=256)(geometric(rng)).packed is not None
 
 
 def test_a_batch_that_trains_nothing_is_packed_too():

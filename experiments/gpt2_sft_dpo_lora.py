@@ -148,7 +148,7 @@ def name_of(task, method, lora, seed):
 
 
 def run(command, result):
-  """Runs a command unless its result is there; returns (seconds, peak bytes) of its process."""
+  """Runs a command unless its result is there; returns what its process cost, else None."""
   if pathlib.Path(result).exists():
     return None
   print('$', ' '.join(map(str, command[1:])), flush=True)
@@ -157,15 +157,15 @@ def run(command, result):
   _, status, usage = os.wait4(process.pid, 0)
   if status:
     raise SystemExit(f'failed with exit status {os.waitstatus_to_exitcode(status)}')
-  return time.perf_counter() - started, usage.ru_maxrss * 1024
+  return {'seconds': time.perf_counter() - started, 'peak_bytes': usage.ru_maxrss * 1024,
+          'cpu_seconds': usage.ru_utime + usage.ru_stime}
 
 
 def run_arm(command, out, name):
   """Runs one arm and keeps what it cost beside it."""
   cost = run(command, out / name / 'cost.json')
   if cost is not None:
-    seconds, peak = cost
-    (out / name / 'cost.json').write_text(json.dumps({'seconds': seconds, 'peak_bytes': peak}))
+    (out / name / 'cost.json').write_text(json.dumps(cost))
 
 
 def measured(out, name, metric):
@@ -184,7 +184,7 @@ def measured(out, name, metric):
 def table(results):
   """Markdown: one line per arm, mean over seeds and half the range between them."""
   lines = ['| task | method | weights | before | after | per-run SE | over seeds | seconds | '
-           'in steps | peak MiB |', '| --- ' * 10 + '|']
+           'in steps | CPU s | peak MiB |', '| --- ' * 11 + '|']
   for (task, method, lora), runs in results.items():
     mean = lambda key: float(np.mean([run[key] for run in runs]))
     after = [run['after'] for run in runs]
@@ -192,7 +192,8 @@ def table(results):
     lines.append(
         f'| {task} | {method} | {"LoRA" if lora else "full"} | {mean("before"):.3f} | '
         f'{mean("after"):.3f} | {mean("standard_error"):.3f} | {spread} | {mean("seconds"):.0f} | '
-        f'{mean("training_seconds"):.0f} | {mean("peak_bytes") / 2**20:.0f} |')
+        f'{mean("training_seconds"):.0f} | {mean("cpu_seconds"):.0f} | '
+        f'{mean("peak_bytes") / 2**20:.0f} |')
   return '\n'.join(lines)
 
 

@@ -28,6 +28,7 @@ from ptjax.pieces import reduction
 def success_rate(rewards, *, demonstration, group_size, success_threshold=0.5):
   """Fraction of each prompt's rollouts whose reward reaches the threshold, for each row. [B]."""
   rows = masking.in_groups(rewards, group_size, at_least=2)
+  bounds.boolean(rewards.shape, demonstration=demonstration)
   rollouts = ~demonstration.reshape(rows.shape)
   correct = (rollouts & (rows >= success_threshold)).sum(axis=1, keepdims=True)
   rate = correct / jnp.maximum(rollouts.sum(axis=1, keepdims=True), 1)
@@ -173,6 +174,9 @@ def hpt_loss(log_probs, *, old_log_probs, advantages, demonstration, from_rollou
   length and averages over micro-batches: here each part has its whole-batch normalizer.
   """
   masking.non_negative(sft_coefficient=sft_coefficient)
+  log_probs = masking.clean(loss_mask, log_probs=log_probs)
+  bounds.boolean(loss_mask.shape[:1], demonstration=demonstration, from_rollouts=from_rollouts,
+                 imitated=imitated, **({} if off_policy is None else {'off_policy': off_policy}))
   reduce = _per_rollout(~demonstration, max_completion_tokens)
   weights = sft_coefficient if imitation_weights is None else sft_coefficient * imitation_weights
   parts = [
@@ -197,6 +201,8 @@ def luffy_loss(log_probs, *, old_log_probs, advantages, demonstration, loss_mask
   `advantages` are centred over rollouts and demonstrations of a prompt together. Both parts are
   summed over tokens and divided by the maximum length. Source: arXiv:2504.14945, eq. 7.
   """
+  log_probs = masking.clean(loss_mask, log_probs=log_probs)
+  bounds.boolean(loss_mask.shape[:1], demonstration=demonstration)
   reduce = _per_length(max_completion_tokens)
   parts = [
       ('rollouts', _from_rollouts(
@@ -225,7 +231,11 @@ def srft_loss(log_probs, *, advantages, rewards, demonstration, loss_mask, entro
   Source: arXiv:2506.19767, eq. 11. The authors' code weighs the NLL by e^{+H}; the paper, and this,
   by e^{-H}.
   """
-  entropy = masking.clean(loss_mask, entropy=entropy)  # enters weights alone: no gradient
+  masking.non_negative(sft_coefficient=sft_coefficient, positive_coefficient=positive_coefficient)
+  log_probs, entropy = masking.clean(  # entropy enters weights alone: no gradient
+      loss_mask, log_probs=log_probs, entropy=entropy)
+  bounds.boolean(loss_mask.shape[:1], demonstration=demonstration)
+  rewards = bounds.per_row(loss_mask.shape[:1], log_probs.dtype, rewards=rewards)
   mean_entropy = entropy.sum(axis=1) / masking.lengths(loss_mask, entropy.dtype)  # [B]
   reduce = _per_length(max_completion_tokens)
   rollout_weights = jnp.where(

@@ -1,5 +1,6 @@
 """Learning from text that is simply right: supervised fine-tuning and its kin."""
 
+from ptjax.pieces import bounds
 from ptjax.pieces import denominator
 from ptjax.pieces import likelihood
 from ptjax.pieces import masking
@@ -51,6 +52,8 @@ def rft_loss(log_probs, *, rewards, loss_mask, reward_threshold=0.5):
     Scalar loss and metrics: 0 when nothing was accepted.
   Source: arXiv:2308.01825; cf. RAFT 2304.06767, STaR 2203.14465.
   """
+  log_probs = masking.clean(loss_mask, log_probs=log_probs)
+  rewards = bounds.per_row(loss_mask.shape[:1], log_probs.dtype, rewards=rewards)
   accepted = rewards >= reward_threshold  # [B]
   loss, metrics = sft_loss(log_probs, loss_mask=loss_mask & accepted[:, None])
   return loss, {**metrics, 'accepted_fraction': accepted.mean(dtype=loss.dtype)}

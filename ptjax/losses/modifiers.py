@@ -69,6 +69,7 @@ def tis(loss):
   """
   def modified(log_probs, *, old_log_probs, rollout_log_probs, advantages, loss_mask,
                max_rollout_ratio=2.0, level='token', **inputs):
+    bounds.positive(max_rollout_ratio=max_rollout_ratio)
     ratio = _rollout_ratio(old_log_probs, rollout_log_probs, loss_mask, level)
     weights = denominator.truncated(ratio, max_ratio=max_rollout_ratio)
     return _call(loss, log_probs, dict(
@@ -84,6 +85,7 @@ def mis(loss):
   """
   def modified(log_probs, *, old_log_probs, rollout_log_probs, advantages, loss_mask,
                min_rollout_ratio=0.5, max_rollout_ratio=5.0, level='token', **inputs):
+    masking.non_negative(min_rollout_ratio=min_rollout_ratio, max_rollout_ratio=max_rollout_ratio)
     ratio = _rollout_ratio(old_log_probs, rollout_log_probs, loss_mask, level)
     inside = (ratio >= min_rollout_ratio) & (ratio <= max_rollout_ratio)
     return _call(loss, log_probs, dict(
@@ -99,6 +101,7 @@ def opsm(loss):
   """
   def modified(log_probs, *, rollout_log_probs, advantages, loss_mask, drift_threshold=0.1,
                **inputs):
+    masking.non_negative(drift_threshold=drift_threshold)
     clean_log_probs, rollout = masking.clean(
         loss_mask, log_probs=log_probs, rollout_log_probs=rollout_log_probs)
     keep = stabilization.off_policy_mask(
@@ -118,7 +121,9 @@ def top_entropy(loss):
   The normalizer still counts all tokens. Source: arXiv:2506.01939; TRL's `top_entropy_quantile`.
   """
   def modified(log_probs, *, entropy, advantages, loss_mask, entropy_fraction=0.2, **inputs):
-    keep = stabilization.top_entropy_mask(entropy, loss_mask, fraction=entropy_fraction)
+    bounds.fraction(entropy_fraction=entropy_fraction)
+    keep = stabilization.top_entropy_mask(
+        masking.clean(loss_mask, entropy=entropy), loss_mask, fraction=entropy_fraction)
     spread = advantage.per_token(advantages, loss_mask, advantages.dtype)
     return _call(loss, log_probs, dict(
         inputs, entropy=entropy, loss_mask=loss_mask, advantages=jnp.where(keep, spread, 0.0)))
@@ -128,6 +133,8 @@ def top_entropy(loss):
 def mask_truncated(loss):
   """Completions that hit the length limit without an end leave the mask. Source: DAPO."""
   def modified(log_probs, *, truncated, loss_mask, **inputs):
+    log_probs = masking.clean(loss_mask, log_probs=log_probs)
+    bounds.boolean(loss_mask.shape[:1], truncated=truncated)
     return _call(loss, log_probs, dict(inputs, loss_mask=loss_mask & ~truncated[:, None]))
   return _with_signature(modified, loss)
 
@@ -149,6 +156,8 @@ def adaptive_entropy(loss):
   """
   def modified(log_probs, *, entropy, loss_mask, loss_state=np.float32(0.0), entropy_target=0.2,
                coefficient_step=0.005, min_coefficient=0.0, max_coefficient=1.0, **inputs):
+    masking.non_negative(entropy_target=entropy_target, coefficient_step=coefficient_step,
+                         min_coefficient=min_coefficient, max_coefficient=max_coefficient)
     value, metrics = _call(loss, log_probs, dict(inputs, entropy=entropy, loss_mask=loss_mask))
     mean = reduction.token_mean(entropy, loss_mask)
     low = mean <= entropy_target
@@ -220,6 +229,7 @@ def adaptive_kl(loss):
   def modified(log_probs, *, reference_log_probs, loss_mask,
                loss_state={'kl_scale': np.float32(1.0)}, kl_coefficient=0.2, kl_estimator='k3',
                kl_target=6.0, kl_horizon=10000, **inputs):
+    masking.non_negative(kl_coefficient=kl_coefficient)
     value, metrics = _call(
         loss, log_probs, dict(inputs, loss_mask=loss_mask, kl_coefficient=0.0))
     scale, following, seen = _controlled(

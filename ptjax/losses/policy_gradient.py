@@ -69,6 +69,7 @@ def clipped_ratio_loss(log_probs, ratio, advantages, loss_mask, *, clip_low, cli
   stable = stabilization.clip_mask(ratio, advantages, low=clip_low, high=clip_high)
   bounded = stabilization.clipped_ratio(ratio, stable, low=clip_low, high=clip_high)
   if max_ratio is not None:
+    bounds.positive(max_ratio=max_ratio)
     stable &= stabilization.dual_clip_mask(ratio, advantages, max_ratio=max_ratio)
     capped = denominator.truncated(bounded, max_ratio=max_ratio)
     bounded = jnp.where(advantages < 0, capped, bounded)
@@ -167,6 +168,7 @@ def cispo_oxrl_loss(log_probs, *, old_log_probs, advantages, loss_mask, clip_low
 
   The value is oxRL's, the gradient that of a two-sided cap. For repeating arXiv:2603.19335.
   """
+  masking.non_negative(clip_low=clip_low, clip_high=clip_high)
   log_probs, old_log_probs = masking.clean(
       loss_mask, log_probs=log_probs, old_log_probs=old_log_probs)
   ratio = jnp.clip(denominator.old(log_probs, old_log_probs), 1.0 - clip_low, 1.0 + clip_high)
@@ -276,6 +278,7 @@ def clip_cov_loss(log_probs, *, old_log_probs, advantages, loss_mask, key, clip_
   max(1, floor(fraction · tokens)) are drawn with `key` and neither push nor count in the value.
   Source: arXiv:2505.22617, eq. 10.
   """
+  bounds.fraction(fraction=fraction)
   log_probs, old_log_probs = masking.clean(
       loss_mask, log_probs=log_probs, old_log_probs=old_log_probs)
   advantages = advantage.per_token(advantages, loss_mask, log_probs.dtype)
@@ -299,6 +302,7 @@ def kl_cov_loss(log_probs, *, old_log_probs, advantages, loss_mask, penalty_coef
   Source: arXiv:2505.22617, eq. 12.
   """
   masking.non_negative(penalty_coefficient=penalty_coefficient)
+  bounds.fraction(fraction=fraction)
   log_probs, old_log_probs = masking.clean(
       loss_mask, log_probs=log_probs, old_log_probs=old_log_probs)
   advantages = advantage.per_token(advantages, loss_mask, log_probs.dtype)

@@ -81,6 +81,8 @@ def vespo_loss(log_probs, *, old_log_probs, advantages, loss_mask, shape_positiv
   `shape_*` are k and `rate_*` λ for advantages from 0 on and below. Source: arXiv:2602.10693;
   TRL's clamps, ±20 nats per token and 1e-8 for W.
   """
+  bounds.positive(shape_positive=shape_positive, rate_positive=rate_positive,
+                  shape_negative=shape_negative, rate_negative=rate_negative)
   log_probs, old_log_probs, advantages = _clean(log_probs, old_log_probs, advantages, loss_mask)
   limit = denominator.MAX_LOG_RATIO
   log_ratio = jnp.clip(log_probs - old_log_probs, -limit, limit).sum(axis=1, keepdims=True)
@@ -144,6 +146,7 @@ def rebel_loss(log_probs, *, old_log_probs, rewards, loss_mask, eta=1.0):
   log_probs, old_log_probs = masking.clean(
       loss_mask, log_probs=log_probs, old_log_probs=old_log_probs)
   scores = (log_probs - old_log_probs).sum(axis=1)  # [B] nats
+  rewards = bounds.per_row(scores.shape, scores.dtype, rewards=rewards)
   masking.in_groups(rewards, 2)
   partner = jnp.arange(rewards.size) ^ 1  # 2p <-> 2p + 1
   residual = (rewards - rewards[partner]) - (scores - scores[partner]) / eta  # [B], signed

@@ -82,8 +82,8 @@ def reward_kwise_loss(rewards, *, ranks):
 def _binary_cross_entropy(logits, labels):
   """mean -log σ(±logit) of [B] logits and bool labels, and the accuracy."""
   logits = masking.wide(logits)
-  chex.assert_rank(logits, 1)
-  bounds.boolean(logits.shape, labels=labels)
+  bounds.boolean(logits.shape[:1], labels=labels)
+  logits = bounds.per_row(logits.shape[:1], logits.dtype, logits=logits)
   losses = link.logistic(jnp.where(labels, logits, -logits))
   return losses.mean(), {'accuracy': ((logits > 0) == labels).mean(dtype=logits.dtype)}
 

@@ -93,6 +93,7 @@ def entropy_bonus(entropy, loss_mask, *, entropy_coefficient):
   if entropy_coefficient == 0.0:
     return 0.0, {}
   masking.required(entropy, 'entropy', f'entropy_coefficient={entropy_coefficient}')
+  entropy = masking.clean(loss_mask, entropy=entropy)
   return -entropy_coefficient * reduction.token_mean(entropy, loss_mask), {}
 
 
@@ -107,6 +108,7 @@ def value_loss(values, old_values, returns, loss_mask, *, value_clip):
     value_clip: ε, in units of the return.
   Source: the PPO implementation of OpenAI baselines, as in TRL and verl.
   """
+  masking.non_negative(value_clip=value_clip)
   values, old_values, returns = masking.clean(
       loss_mask, values=values, old_values=old_values, returns=returns)
   old_values, returns = jax.lax.stop_gradient((old_values, returns))

@@ -138,6 +138,7 @@ def bco_loss(side, *, labels, desirable_probabilities=None, loss_state=running.I
     Scalar, the sum of the two means, metrics, state after the batch.
   Source: arXiv:2404.04656; beta there 0.01. Differs from oxRL and TRL's bco_pair, which have no δ.
   """
+  masking.non_negative(min_weight=min_weight, max_weight=max_weight)
   rewards = beta * _checked(side, labels, beta)
   state, losses = shifted_logistic(loss_state, rewards, labels)
   undesirable = losses

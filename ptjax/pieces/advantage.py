@@ -79,6 +79,7 @@ def group_normalized(rewards, *, group_size, epsilon=1e-4):
 
   Source: GRPO, arXiv:2402.03300; `epsilon` 1e-4 is TRL's, verl takes 1e-6, oxRL 1e-8.
   """
+  masking.non_negative(epsilon=epsilon)
   groups = masking.in_groups(rewards, group_size, at_least=2)
   return (_centred(groups) / (_std(groups) + epsilon)).reshape(-1)
 
@@ -111,6 +112,7 @@ def leave_one_out(rewards, *, group_size):
 
 def batch_normalized(rewards, *, group_size, epsilon=1e-4):
   """Centred per group, divided by the whole batch's std (ddof 1). [B]. Source: arXiv:2508.08221."""
+  masking.non_negative(epsilon=epsilon)
   std = _std(rewards[None])[0]
   return group_centred(rewards, group_size=group_size) / (std + epsilon)
 
@@ -144,6 +146,7 @@ def pass_at_k(rewards, *, group_size, epsilon=1e-6):
 
   Of several best ones none stands out, and the group gets 0. Source: arXiv:2503.19595.
   """
+  masking.non_negative(epsilon=epsilon)
   groups = masking.in_groups(rewards, group_size, at_least=2)
   ordered = jnp.sort(jnp.where(jnp.isnan(groups), -jnp.inf, groups), axis=1)
   gain = (ordered[:, -1:] - ordered[:, -2:-1]) / (_std(groups) + epsilon)
@@ -189,6 +192,8 @@ def step_normalized(rewards, *, step_rewards, loss_mask, group_size, outcome_rew
   Source: DeepSeekMath, arXiv:2402.03300, section 4.1.3, which has no outcome beside the process.
   """
   chex.assert_equal_shape([step_rewards, loss_mask])
+  masking.non_negative(epsilon=epsilon)
+  masking.in_groups(rewards, group_size)
   length = loss_mask.shape[1]
   ends = returns.scored(rewards, loss_mask) & ~jnp.isnan(step_rewards)
   steps = jnp.where(ends, step_rewards, jnp.nan).reshape(-1, group_size * length)

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ptjax.pieces import bounds
 from ptjax.pieces import masking
 
 
@@ -33,6 +34,8 @@ def fixed_length_mean(values, loss_mask, *, max_completion_tokens=None):
 
   `max_completion_tokens` None takes the padded length T.
   """
+  if max_completion_tokens is not None:
+    bounds.positive(max_completion_tokens=max_completion_tokens)
   values = masking.clean(loss_mask, values=values)
   length = values.shape[1] if max_completion_tokens is None else max_completion_tokens
   return values.sum() / (values.shape[0] * length)

@@ -7,6 +7,7 @@ discounted over nor given a value. A completion whose reward is NaN ("no opinion
 import jax
 import jax.numpy as jnp
 
+from ptjax.pieces import bounds
 from ptjax.pieces import masking
 
 
@@ -62,8 +63,8 @@ def gae(token_rewards_, values, loss_mask, *, discount=1.0, gae_lambda=0.95):
     advantages [B, T], not whitened, and returns [B, T] = advantages + values. Source:
     arXiv:1506.02438, eq. 16.
   """
+  bounds.fraction(discount=discount, gae_lambda=gae_lambda)
   rewards, values = masking.clean(loss_mask, token_rewards=token_rewards_, values=values)
-
   advantages = _backwards(rewards, values, loss_mask, discount, gae_lambda)
   return advantages, advantages + values
 

@@ -134,6 +134,7 @@ def shared_sample(key, pair):
 
 def _shared_length(pair, cut):
   """Cuts both masks with `cut(mask [B, T], count [B]) -> mask` to the shorter one's count."""
+  of_pair(log_prob, pair)  # its checks come before the masks are counted
   count = jnp.minimum(pair.chosen.loss_mask.sum(axis=1), pair.rejected.loss_mask.sum(axis=1))
   return pair.replace(**{name: side.replace(loss_mask=cut(side.loss_mask, count))
                          for name, side in (('chosen', pair.chosen), ('rejected', pair.rejected))})

@@ -1,4 +1,7 @@
-"""What the benchmarks share: worker processes that take turns, and facts about the machine."""
+"""What the benchmarks share: worker processes that take turns, and facts about the machine.
+
+Peers import it too, from environments of their own, so it needs nothing but Python.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -18,12 +22,13 @@ class Worker:
     script: file beside this one, started with --worker.
     argv: further arguments.
     environment: variables on top of this process's.
+    python: the interpreter; None: this one's.
   """
 
-  def __init__(self, script, argv, environment=()):
+  def __init__(self, script, argv, environment=(), *, python=None):
     self._log = tempfile.TemporaryFile('w+')
     self._process = subprocess.Popen(
-        [sys.executable, str(HERE / script), '--worker', *argv], stdin=subprocess.PIPE,
+        [python or sys.executable, str(HERE / script), '--worker', *argv], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=self._log, text=True,
         env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE.parent), str(HERE)]),
              'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',  # a GPU is shared with the other side
@@ -38,10 +43,13 @@ class Worker:
                        f'the worker ended with code {self._process.wait()}')
     return json.loads(line)
 
-  def ask(self):
-    """Lets the worker do its work once more, and returns what it says of it."""
-    self._process.stdin.write('again\n')
-    self._process.stdin.flush()
+  def ask(self, request=None):
+    """Lets the worker do its work once more, on `request` (JSON); returns what it says of it."""
+    try:
+      self._process.stdin.write(json.dumps(request) + '\n')
+      self._process.stdin.flush()
+    except BrokenPipeError:
+      pass  # `read` tells why
     return self.read()
 
   def close(self):
@@ -55,13 +63,91 @@ class Worker:
     self._process.wait()
 
 
+class Turns:
+  """The other end of a Worker: takes a request, works, answers, and waits for the next.
+
+  Standard output, on which trainers print, becomes standard error.
+  """
+
+  def __init__(self):
+    self._out = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)
+
+  def wait(self):
+    """Returns the next request; where none will come, ends the process at once."""
+    line = sys.stdin.readline()
+    if not line:
+      os._exit(0)  # whatever threads a trainer has begun
+    self._started, self._cpu = time.perf_counter(), time.process_time()
+    return json.loads(line)
+
+  def done(self, **values):
+    """Answers the request with `values` and with what the work took, which is all computed."""
+    seconds, cpu = time.perf_counter() - self._started, time.process_time() - self._cpu
+    print(json.dumps({'seconds': seconds, 'cpu': cpu, 'peak_rss_mib': peak_rss_mib(), **values}),
+          file=self._out, flush=True)
+
+
+def write_model(folder, *, labels=0, stop_ids=None, seed=0, **shape):
+  """Writes a model directory: random weights, and a tokenizer whose tokens are words.
+
+  Args:
+    folder: where to.
+    labels: outputs of a score head; 0: a language model.
+    stop_ids: token ids that end a completion; None: the tokenizer's end token, id 1.
+    seed: of the weights.
+    **shape: fields of TransformerConfig in which it differs from the preset `tiny`.
+  Returns:
+    `folder`, as a string.
+  """
+  import jax
+  import tokenizers
+  import transformers
+
+  from ptjax.models import hub
+  from ptjax.models import presets
+  from ptjax.models import transformer
+  model = presets.get('tiny', num_labels=labels, **shape)
+  words = ['<pad>', '<eos>', '<unk>', *(f'w{i}' for i in range(model.vocab_size - 3))]
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+      {word: i for i, word in enumerate(words)}, unk_token='<unk>'))
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  tokenizer = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend, pad_token='<pad>', eos_token='<eos>', unk_token='<unk>')
+  params = jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(seed))
+  hub.export(str(folder), model, params, tokenizer, stop_ids=stop_ids)
+  return str(folder)
+
+
+def peak_rss_mib():
+  """The most memory this process has held so far, MiB.
+
+  Of the kernel's own count: `getrusage` begins a child's with what its parent had held.
+  """
+  with open('/proc/self/status', encoding='utf-8') as file:
+    return next(int(line.split()[1]) for line in file if line.startswith('VmHWM')) / 1024
+
+
+def process_started():
+  """Seconds since the epoch at which this process was created."""
+  with open('/proc/self/stat', encoding='utf-8') as file:
+    ticks = int(file.read().rpartition(')')[2].split()[19])
+  with open('/proc/stat', encoding='utf-8') as file:
+    boot = next(int(line.split()[1]) for line in file if line.startswith('btime'))
+  return boot + ticks / os.sysconf('SC_CLK_TCK')
+
+
 def compilations():
   """Returns a list to which every compilation of this process from now on adds its seconds."""
+  return durations('/jax/core/compile/backend_compile_duration')
+
+
+def durations(*events):
+  """Returns a list to which each of these events of JAX adds its seconds from now on."""
   from jax import monitoring
   found = []
   monitoring.register_event_duration_secs_listener(
-      lambda event, seconds, **_: found.append(seconds)
-      if event == '/jax/core/compile/backend_compile_duration' else None)
+      lambda event, seconds, **_: found.append(seconds) if event in events else None)
   return found
 
 

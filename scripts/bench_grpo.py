@@ -1,32 +1,49 @@
-"""Times whole GRPO steps (rollout, advantages, update) of ptjax beside a peer, in one call.
+"""Times whole GRPO steps (rollout, reward, advantages, update) of ptjax beside peers, in one call.
 
-  python scripts/bench_grpo.py                     # ptjax beside transformers' generate + torch
-  python scripts/bench_grpo.py --prompt=256
-  python scripts/bench_grpo.py --vocab=32768
+  python scripts/bench_grpo.py                     # beside transformers' generate + torch
+  python scripts/bench_grpo.py --peer=trl,hf --prompt=256
+  python scripts/bench_grpo.py --peer=trl --setting=tuned --lengths=geometric
+  python scripts/bench_grpo.py --peer=tunix --peer_python=/path/to/its/venv/bin/python
+  python scripts/bench_grpo.py --peer=trl --preset=qwen2.5-0.5b --dtype=bfloat16   # on a GPU
   python scripts/bench_grpo.py --peer=none
 
-Each side is a process of its own, with weights of the same shape, and takes its steps in turn with
-the other, so that both meet the same machine. A step draws every completion at full length (there
-is no stop token), scores it by the tokens themselves, and makes one AdamW update. Prints one table
-and one JSON line per row. The peer needs the `parity` extra.
+Ours is the launcher's own run with the launcher's own settings (`--set` changes one). Peers:
+
+  hf     `transformers`' generate and a lean torch update, see bench_peer_hf.py
+  trl    TRL's GRPOTrainer with generate; as it comes it recomputes activations in the update,
+         --setting=tuned keeps them
+  tunix  Google's Tunix with its own rollout engine; its pins conflict with ours, so it lives in
+         an environment of its own, whose interpreter --peer_python names
+
+Each side is a process of its own on the same weights, prompts and reward (the share of low ids)
+and takes its steps in turn with the others, so that all meet the same machine; a step makes one
+AdamW update. Completions are all of full length or, with --lengths=geometric, as long as ours
+drew them: one id of every --mean ends a completion, so lengths are nearly geometric, and peers
+are made to stop where ours did, in the same step. Prints one table and one JSON line per row, and
+refuses to compare where token or parameter counts differ. The peers need the `bench` extra.
 """
 
 import argparse
 import dataclasses
 import json
-import resource
+import os
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 
 import bench_common
 
-PEERS = {'hf': 'bench_peer_hf.py', 'none': None}
+PEERS = {'hf': 'bench_peer_hf.py', 'trl': 'bench_peer_trl_grpo.py',
+         'tunix': 'bench_peer_tunix.py', 'none': None}
+WARM_UP = {'fixed': 2, 'geometric': 12}  # steps of ours: other lengths are other programs
+PEER_WARM_UP = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-  """What both sides compute."""
+class Job:
+  """What all sides do."""
   layers: int = 4
   width: int = 256
   heads: int = 4
@@ -36,205 +53,287 @@ class Shape:
   prompts: int = 8
   group: int = 8
   prompt: int = 32  # tokens of every prompt
-  completion: int = 64  # tokens of every completion
+  completion: int = 0  # tokens of every completion, or at most; 0: 64, of geometric lengths 512
+  lengths: str = 'fixed'  # or geometric
+  mean: int = 64  # tokens, of geometric lengths
+  dtype: str = 'float32'  # of activations and products; weights are float32
+  setting: str = 'default'  # of the peer, or tuned
   learning_rate: float = 1e-4
   seed: int = 0
+  folder: str = ''  # model, prompts, and what a run writes
+
+  def __post_init__(self):
+    if not self.completion:
+      object.__setattr__(self, 'completion', 64 if self.lengths == 'fixed' else 512)
 
 
 def parse(argv=None):
-  """Returns (arguments, Shape)."""
+  """Returns (arguments, Job)."""
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  for field in dataclasses.fields(Shape):
-    parser.add_argument(f'--{field.name}', type=field.type, default=field.default)
-  parser.add_argument('--peer', choices=sorted(PEERS), default='hf')
+  choices = {'lengths': ('fixed', 'geometric'), 'dtype': ('float32', 'bfloat16'),
+             'setting': ('default', 'tuned')}
+  for field in dataclasses.fields(Job):
+    parser.add_argument(f'--{field.name}', type=field.type, default=field.default,
+                        choices=choices.get(field.name),
+                        help=argparse.SUPPRESS if field.name == 'folder' else None)
+  parser.add_argument('--preset', choices=('qwen2.5-0.5b', 'qwen2.5-1.5b'),
+                      help='the shape of this model in place of layers, width, ... and vocab')
+  parser.add_argument('--peer', default='hf', help=f'one or several of {", ".join(PEERS)}')
+  parser.add_argument('--peer_python', help='interpreter of the peers; default: this one')
   parser.add_argument('--repetitions', type=int, default=7, help='timed steps of each side')
+  parser.add_argument('--set', action='append', default=[], help='a setting of ours to change')
   parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)
   arguments = parser.parse_args(argv)
-  return arguments, Shape(**{f.name: getattr(arguments, f.name)
-                             for f in dataclasses.fields(Shape)})
+  arguments.peers = [name for name in arguments.peer.split(',') if name != 'none']
+  for name in arguments.peers:
+    if name not in PEERS:
+      parser.error(f'--peer={name}: expected one or several of {", ".join(PEERS)}')
+  if 'tunix' in arguments.peers and arguments.lengths != 'fixed':
+    parser.error('--peer=tunix: its sampler cannot be made to stop where ours did; take '
+                 '--lengths=fixed')
+  return arguments, Job(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Job)})
 
 
-# --- a worker: one line out when warm, then one line out per line in
+# --- what all sides read; peers import it without ptjax
 
 
-def prompt_tokens(shape):
-  """The prompts [P, S] of both sides."""
-  import numpy as np
-  rng = np.random.default_rng(shape.seed)
-  return rng.integers(1, shape.vocab, (shape.prompts, shape.prompt)).astype(np.int32)
+def stop_ids(job):
+  """The token ids that end a completion, where any does: of uniform draws one in `mean`."""
+  return list(range(1, job.vocab, job.mean))
 
 
-def advantages(tokens, group):
-  """Group-normalised advantages [B] of a reward both sides can compute: the share of low ids."""
-  import numpy as np
-  rewards = (tokens < tokens.max() / 2).mean(1).reshape(-1, group)
-  centred = rewards - rewards.mean(1, keepdims=True)
-  return (centred / (rewards.std(1, keepdims=True) + 1e-6)).reshape(-1).astype(np.float32)
+def prompt_ids(job):
+  """The prompts, `prompts` lists of `prompt` token ids, none of which ends a completion."""
+  import random
+  draw = random.Random(job.seed)
+  ids = sorted(set(range(3, job.vocab)) - set(stop_ids(job)))
+  return [[draw.choice(ids) for _ in range(job.prompt)] for _ in range(job.prompts)]
 
 
-def serve(step, facts):
-  """Warms `step` up, then runs it whenever the parent asks.
+def text(ids):
+  """Token ids as the tokenizer of `bench_common.write_model` reads them."""
+  return ' '.join(f'w{i - 3}' for i in ids)
+
+
+def low_ids(prompts, completions, *, completion_ids, vocab, **columns):
+  """The reward of every side: the share of ids in the lower half of the vocabulary.
 
   Args:
-    step: `step() -> (tokens [B, T], seconds of the rollout)`; returns when all is computed.
-    facts: `facts() -> dict` about this side, asked once it is warm.
+    prompts, completions: unused, as are further columns.
+    completion_ids: B lists of token ids.
+    vocab: B times the size of the vocabulary.
   """
-  started = time.perf_counter()
-  step()
-  first = time.perf_counter() - started
-  step()  # what a second step still compiles belongs to the warm-up
-  print(json.dumps({'first_step_seconds': first, **facts()}), flush=True)
-  for _ in sys.stdin:
-    started, cpu = time.perf_counter(), time.process_time()
-    tokens, rollout = step()
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    print(json.dumps({
-        'rollout': rollout, 'update': seconds - rollout, 'step': seconds, 'cpu': cpu,
-        'cores_used': cpu / seconds, 'completion_tokens': tokens.size,
-        'peak_rss_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}), flush=True)
+  del prompts, completions, columns
+  return [sum(i < size / 2 for i in ids) / max(1, len(ids))
+          for ids, size in zip(completion_ids, vocab)]
 
 
-def ptjax_worker(shape):
-  """Our side: the programs that the launcher runs, float32."""
-  import jax
-  import numpy as np
+# --- our worker
 
-  from ptjax import algorithms
-  from ptjax import config as settings
-  from ptjax import keys
-  from ptjax import types
-  from ptjax.models import presets
-  from ptjax.models import transformer
-  from ptjax.rollout import sampler
-  from ptjax.training import algorithm as binding
-  from ptjax.training import forward as training_forward
-  from ptjax.training import optimizer as optimizers
-  from ptjax.training import state as training_state
-  from ptjax.training import step as training_step
 
+def ptjax_worker(arguments, job):
+  """Our side: the launcher, which waits for the parent before each step."""
+  turns = bench_common.Turns()
+  turns.wait()
   compiles = bench_common.compilations()
-  model = presets.get(
-      'tiny', num_layers=shape.layers, width=shape.width, num_heads=shape.heads,
-      num_kv_heads=shape.kv_heads, mlp_width=shape.mlp, vocab_size=shape.vocab)
-  bound = binding.bind(algorithms.get('grpo'), {})
-  params = jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(shape.seed))
-  optimizer, schedule = optimizers.make_optimizer(
-      settings.OptimizerSettings(learning_rate=shape.learning_rate), 1, params)
-  train_step = training_step.make_train_step(
-      training_forward.make_forward(model, outputs=training_step.model_outputs(bound.loss),
-                                    remat=settings.ModelSettings().remat),
-      bound.loss, optimizer, schedule=schedule)
-  sample = sampler.make_sampler(model, sampler.SamplingOptions(
-      max_tokens=shape.completion, group_size=shape.group))
-  p, g = shape.prompts, shape.group
-  prompts = types.Prompts(
-      tokens=prompt_tokens(shape), lengths=np.full(p, shape.prompt, np.int32),
-      ids=np.arange(p, dtype=np.int32), sample_ids=np.tile(np.arange(g, dtype=np.int32), (p, 1)))
-  state = training_state.init(params, optimizer)
-  count = 0
+  import jax
+  import transformers
 
-  def step():
-    nonlocal state, count
-    started = time.perf_counter()
-    rollouts = jax.device_get(sample(
-        state.params, prompts, keys.stream(shape.seed, 'rollout', count)))
-    rollout = time.perf_counter() - started
-    state, metrics = train_step(state, training_step.place(types.TokenBatch(
-        prompt_tokens=prompts.tokens, prompt_lengths=prompts.lengths, tokens=rollouts.tokens,
-        loss_mask=rollouts.loss_mask, on_policy=np.asarray(True),
-        inputs={'advantages': advantages(rollouts.tokens, g),
-                'rollout_log_probs': rollouts.log_probs}), None))
-    jax.block_until_ready((state, metrics))
-    count += 1
-    return rollouts.tokens[rollouts.loss_mask], rollout
+  from ptjax import assembly
+  from ptjax import launch
+  from ptjax import stage_run
+  from ptjax.models import hub
+  from ptjax.training import experience
+  # `transformers` gives every Qwen2 directory Qwen's own tokenizer, whatever is there.
+  hub.load_tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained
+  options_of, texts = assembly.sampling_options, experience.texts
+  drawn = []  # lengths of the completions of this step
 
-  serve(step, lambda: {
-      'name': 'ptjax', 'versions': {'jax': jax.__version__},
-      'device': jax.devices()[0].device_kind, 'prompt_tokens': prompts.tokens.size,
-      'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-      'compile_seconds': sum(compiles), 'compilations': len(compiles)})
+  def without_stop(*settings):
+    return dataclasses.replace(options_of(*settings), stop_ids=())
+
+  def noted(rollouts, tokenizer):
+    drawn.extend(rollouts.loss_mask.sum(1).tolist())
+    return texts(rollouts, tokenizer)
+
+  if job.lengths == 'fixed':
+    assembly.sampling_options = without_stop
+  experience.texts = noted
+  make_source, make_step = stage_run.StageRun.source, stage_run.StageRun.train_step
+  rollout_seconds = []
+
+  def source(self):
+    made = make_source(self)
+    batch = made.batch
+
+    def timed(*args):
+      found = batch(*args)
+      rollout_seconds.append(found[1]['timing_s/rollout'])
+      return found
+    made.batch = timed
+    return made
+
+  def train_step(self):
+    step = make_step(self)
+
+    def reported(state, batch):
+      out = jax.block_until_ready(step(state, batch))
+      lengths, drawn[:] = list(drawn), ()
+      memory = jax.local_devices()[0].memory_stats() or {}
+      turns.done(
+          name='ptjax', lengths=lengths, rollout=rollout_seconds.pop(),
+          versions={'jax': jax.__version__}, device=jax.devices()[0].device_kind,
+          peak_device_mib=memory.get('peak_bytes_in_use', 0) / 2**20,
+          prompt_tokens=job.prompts * job.prompt,
+          parameters=sum(leaf.size for leaf in jax.tree.leaves(out[0].params)),
+          compile_seconds=sum(compiles), compilations=len(compiles))
+      turns.wait()
+      return out
+    return reported
+
+  stage_run.StageRun.source, stage_run.StageRun.train_step = source, train_step
+  changes = [
+      f'rollout.num_prompts={job.prompts}', f'rollout.group_size={job.group}',
+      f'rollout.max_completion_tokens={job.completion}', f'data.max_prompt_tokens={job.prompt}',
+      f'optimizer.learning_rate={job.learning_rate}', f'model_settings.dtype={job.dtype}',
+      'checkpoint.every_steps=1000000', 'log.samples_every=1000000', 'log.tensorboard=False',
+      f'log.compile_cache={job.folder}/compiled', *arguments.set]
+  return launch.main([
+      'launch', '--algo=grpo', f'--model={job.folder}/model', '--steps=1000000',
+      f'--dataset={job.folder}/prompts.jsonl', f'--reward={os.path.abspath(__file__)}:low_ids',
+      f'--seed={job.seed}', f'--out_dir={job.folder}/run', '--resume=never',
+      *(f'--set={change}' for change in changes)])
 
 
 # --- the parent
 
 
+def prepare(job):
+  """Writes the model and the prompts that all sides read."""
+  import jax
+  jax.config.update('jax_platforms', 'cpu')  # a GPU is for the workers
+  bench_common.write_model(
+      f'{job.folder}/model', seed=job.seed, num_layers=job.layers, width=job.width,
+      num_heads=job.heads, num_kv_heads=job.kv_heads, mlp_width=job.mlp, vocab_size=job.vocab,
+      max_length=max(1024, job.prompt + job.completion), stop_ids=stop_ids(job))
+  with open(f'{job.folder}/prompts.jsonl', 'w', encoding='utf-8') as file:
+    for ids in prompt_ids(job):
+      file.write(json.dumps({'prompt': text(ids), 'vocab': job.vocab}) + '\n')
+
+
 class Side:
-  """A worker, warm."""
+  """A worker, and what it did."""
 
-  def __init__(self, script, argv):
-    self._worker = bench_common.Worker(script, argv)
-    self.close = self._worker.close
-    self.facts = self._worker.read()
-    self.runs = []
+  def __init__(self, script, job, more=(), python=None):
+    argv = [f'--{name}={value}' for name, value in dataclasses.asdict(job).items()]
+    self._worker = bench_common.Worker(script, [*argv, *more], python=python)
+    self.kill = self._worker.kill
+    self.warm_up, self.runs = [], []
 
-  def step(self):
-    self.runs.append(self._worker.ask())
+  def step(self, lengths=None, *, timed):
+    """Takes a step; a peer's completions get these lengths. Returns what the worker says of it."""
+    found = self._worker.ask(lengths)
+    (self.runs if timed else self.warm_up).append(found)
+    return found
 
-  def row(self, shape):
-    """What this side did, medians over its steps."""
+  def row(self, job):
+    """What this side did, medians over its timed steps."""
     median = lambda name: statistics.median(run[name] for run in self.runs)
-    steps = [run['step'] for run in self.runs]
-    tokens = self.runs[0]['completion_tokens']
+    seconds = [run['seconds'] for run in self.runs]
+    tokens = sum(sum(run['lengths']) for run in self.runs)
+    last = self.runs[-1]
     return {
-        'bench': 'grpo', **self.facts, 'shape': dataclasses.asdict(shape), 'dtype': 'float32',
-        'repetitions': len(steps), 'rollout_seconds': median('rollout'),
-        'update_seconds': median('update'), 'step_seconds': median('step'),
-        'step_seconds_min': min(steps), 'step_seconds_max': max(steps),
-        'completion_tokens': tokens, 'tokens_per_second': tokens / median('step'),
-        'cpu_seconds': median('cpu'), 'cores_used': median('cores_used'),
-        'peak_rss_mib': max(run['peak_rss_mib'] for run in self.runs),
+        'bench': 'grpo', 'name': last['name'], 'versions': last['versions'],
+        'device': last['device'], 'job': dataclasses.asdict(job), 'repetitions': len(seconds),
+        'rollout_seconds': median('rollout'),
+        'update_seconds': statistics.median(run['seconds'] - run['rollout'] for run in self.runs),
+        'step_seconds': median('seconds'), 'step_seconds_min': min(seconds),
+        'step_seconds_max': max(seconds), 'cpu_seconds': median('cpu'),
+        'cores_used': sum(run['cpu'] for run in self.runs) / sum(seconds),
+        'completion_tokens': tokens / len(seconds), 'tokens_per_second': tokens / sum(seconds),
+        'longest': max(max(run['lengths']) for run in self.runs),
+        'parameters': last['parameters'], 'prompt_tokens': last['prompt_tokens'],
+        'peak_rss_mib': last['peak_rss_mib'], 'peak_device_mib': last['peak_device_mib'],
+        'first_step_seconds': self.warm_up[0]['seconds'],
+        'compile_seconds': last['compile_seconds'], 'compilations': last['compilations'],
+        'compilations_timed': last['compilations'] - self.warm_up[-1]['compilations'],
         'machine': bench_common.machine()}
 
 
 def check_comparable(sides):
-  """Raises SystemExit where the two sides did different work."""
+  """Raises SystemExit where the sides did different work."""
   ours, *peers = sides
   for peer in peers:
-    for name in ('prompt_tokens', 'parameters'):
-      if peer.facts[name] != ours.facts[name]:
-        raise SystemExit(f'not comparable: {name} {ours.facts[name]} and {peer.facts[name]}')
-  counts = {run['completion_tokens'] for side in sides for run in side.runs}
-  if len(counts) > 1:
-    raise SystemExit(f'not comparable: steps with {sorted(counts)} completion tokens')
+    for mine, other in zip(ours.runs, peer.runs, strict=True):
+      for name in ('prompt_tokens', 'parameters'):
+        if other[name] != mine[name]:
+          raise SystemExit(f'not comparable: {name} {mine[name]} and {other[name]}')
+      if sorted(other['lengths']) != sorted(mine['lengths']):
+        raise SystemExit(f'not comparable: a step with {sum(mine["lengths"])} completion tokens '
+                         f'and {sum(other["lengths"])}, or of other lengths')
 
 
 def print_table(rows):
-  """Prints medians, and each row's step time as a multiple of the first row's."""
+  """Prints medians, and what each row takes as multiples of the first row's."""
   columns = {
-      'rollout s': ('rollout_seconds', '.3f'), 'update s': ('update_seconds', '.3f'),
+      'rollout s': ('rollout_seconds', '.3f'), 'rest s': ('update_seconds', '.3f'),
       'step s': ('step_seconds', '.3f'), 'CPU s': ('cpu_seconds', '.2f'),
       'tokens/s': ('tokens_per_second', '.0f'), 'cores': ('cores_used', '.2f'),
-      'RSS MiB': ('peak_rss_mib', '.0f'), 'first s': ('first_step_seconds', '.1f'),
-      'programs': ('compilations', 'd'), 'compile s': ('compile_seconds', '.1f')}
-  print(' ' * 12 + ''.join(f'{title:>10}' for title in columns) + '  times ptjax')
+      'RSS MiB': ('peak_rss_mib', '.0f'), 'GPU MiB': ('peak_device_mib', '.0f'),
+      'first s': ('first_step_seconds', '.1f'), 'programs': ('compilations', 'd'),
+      'compile s': ('compile_seconds', '.1f')}
+  print(' ' * 12 + ''.join(f'{title:>10}' for title in columns)
+        + '   times ptjax: step, CPU, RSS')
   for row in rows:
-    row['times_ptjax'] = {name: row[f'{name}_seconds'] / rows[0][f'{name}_seconds']
-                          for name in ('rollout', 'update', 'step')}
+    row['times_ptjax'] = {
+        name: row[name] / rows[0][name]
+        for name in ('step_seconds', 'cpu_seconds', 'peak_rss_mib', 'rollout_seconds',
+                     'update_seconds')}
     print(f'{row["name"]:12}'
-          + ''.join(f'{format(row[key], kind):>10}' for key, kind in columns.values())
-          + f'{row["times_ptjax"]["step"]:12.2f}x')
+          + ''.join(f'{format(row[key], kind):>10}' for key, kind in columns.values()) + '   '
+          + ' '.join(f'{ratio:5.2f}x' for ratio in list(row['times_ptjax'].values())[:3]))
 
 
 def main():
-  arguments, shape = parse()
+  arguments, job = parse()
   if arguments.worker:
-    return ptjax_worker(shape)
-  argv = [f'--{name}={value}' for name, value in dataclasses.asdict(shape).items()]
-  sides = [Side('bench_grpo.py', argv)]
-  if PEERS[arguments.peer]:
-    sides.append(Side(PEERS[arguments.peer], argv))
-  for _ in range(arguments.repetitions):
+    return ptjax_worker(arguments, job)
+  if arguments.preset:
+    from ptjax.models import presets
+    shape = presets.get(arguments.preset)
+    job = dataclasses.replace(
+        job, layers=shape.num_layers, width=shape.width, heads=shape.num_heads,
+        kv_heads=shape.num_kv_heads, mlp=shape.mlp_width, vocab=shape.vocab_size)
+  folder = tempfile.mkdtemp(prefix='bench_grpo_')
+  sides = []
+  try:
+    compare(arguments, dataclasses.replace(job, folder=folder), sides)
+  finally:
     for side in sides:
-      side.step()
+      side.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def compare(arguments, job, sides):
+  """Runs all sides in turn and prints what they did; `sides` gets them as they start."""
+  prepare(job)
+  sides.append(Side('bench_grpo.py', job, [f'--set={change}' for change in arguments.set]))
+  lengths = [sides[0].step(timed=False)['lengths'] for _ in range(WARM_UP[job.lengths])]
+  for name in arguments.peers:
+    sides.append(Side(PEERS[name], job, python=arguments.peer_python))
+    for some in lengths[:PEER_WARM_UP]:
+      sides[-1].step(some, timed=False)
+  for _ in range(arguments.repetitions):
+    found = sides[0].step(timed=True)
+    for side in sides[1:]:
+      side.step(found['lengths'], timed=True)
     check_comparable(sides)
-  rows = [side.row(shape) for side in sides]
-  for side in sides:
-    side.close()
+  rows = [side.row(job) for side in sides]
   print_table(rows)
   for row in rows:
     print(json.dumps(row))
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

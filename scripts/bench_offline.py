@@ -26,7 +26,6 @@ import argparse
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import signal
 import statistics
@@ -36,7 +35,7 @@ import time
 
 import bench_common
 
-PEERS = {'trl': 'bench_peer_trl.py', 'none': None}
+PEERS = {'trl': 'bench_peer_trl_offline.py', 'none': None}
 SETTINGS = ('default', 'padded', 'tuned')
 
 
@@ -87,28 +86,12 @@ def parse(argv=None):
 
 
 def make_model(job, folder):
-  """Writes a model directory: random weights, and a tokenizer whose tokens are words."""
-  import jax
-  import tokenizers
-  import transformers
-
-  from ptjax.models import hub
-  from ptjax.models import presets
-  from ptjax.models import transformer
-  words = ['<pad>', '<eos>', '<unk>', *(f'w{i}' for i in range(job.vocab - 3))]
-  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-      {word: i for i, word in enumerate(words)}, unk_token='<unk>'))
-  backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-  tokenizer = transformers.PreTrainedTokenizerFast(
-      tokenizer_object=backend, pad_token='<pad>', eos_token='<eos>', unk_token='<unk>')
+  """Writes a model directory."""
   # As a Llama: `transformers` gives every Qwen2 directory Qwen's own tokenizer, whatever is there.
-  model = presets.get(
-      'tiny', family='llama', qkv_bias=False, num_layers=job.layers, width=job.width,
-      num_heads=job.heads,
-      num_kv_heads=job.kv_heads, mlp_width=job.mlp, vocab_size=job.vocab)
-  params = jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(job.seed))
-  hub.export(folder, model, params, tokenizer)
-  return folder
+  return bench_common.write_model(
+      folder, seed=job.seed, family='llama', qkv_bias=False, num_layers=job.layers,
+      width=job.width, num_heads=job.heads, num_kv_heads=job.kv_heads, mlp_width=job.mlp,
+      vocab_size=job.vocab)
 
 
 def make_rows(job, path):
@@ -166,8 +149,8 @@ class Reporter:
     self._tokens += tokens
     if self._steps == 1:
       wait()
-      self._say(start_seconds=time.time() - process_started(), start_cpu=time.process_time(),
-                **self._facts())
+      self._say(start_seconds=time.time() - bench_common.process_started(),
+                start_cpu=time.process_time(), **self._facts())
     if self._steps % self._steps_per_pass():
       return True
     wait()
@@ -175,8 +158,7 @@ class Reporter:
     if self._started is not None:
       seconds, cpu = time.perf_counter() - self._started, time.process_time() - self._cpu
     self._say(seconds=seconds, cpu=cpu, trained_tokens=self._tokens,
-              steps=self._steps_per_pass(),
-              peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+              steps=self._steps_per_pass(), peak_rss_mib=bench_common.peak_rss_mib(),
               **self._facts())
     self._tokens = 0
     if not sys.stdin.readline():
@@ -186,15 +168,6 @@ class Reporter:
 
   def _say(self, **values):
     print(json.dumps(values), file=self._out, flush=True)
-
-
-def process_started():
-  """Seconds since the epoch at which this process was created."""
-  with open('/proc/self/stat', encoding='utf-8') as file:
-    ticks = int(file.read().rpartition(')')[2].split()[19])
-  with open('/proc/stat', encoding='utf-8') as file:
-    boot = next(int(line.split()[1]) for line in file if line.startswith('btime'))
-  return boot + ticks / os.sysconf('SC_CLK_TCK')
 
 
 def ptjax_worker(arguments, job):

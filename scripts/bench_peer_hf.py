@@ -4,61 +4,75 @@ Lean: logits of completion positions alone, the policy's own log-probs as old on
 forward pass), fused AdamW, neither entropy nor metrics.
 """
 
+import contextlib
 import time
 
 import torch
 import transformers
 
+import bench_common
 import bench_grpo
+import bench_torch
 
 
-def worker(shape):
-  """The peer's side, float32."""
-  torch.manual_seed(shape.seed)
+def worker(job):
+  """The peer's side."""
+  turns = bench_common.Turns()
+  wanted = turns.wait()
+  torch.manual_seed(job.seed)
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
-  config = transformers.Qwen2Config(
-      vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.mlp,
-      num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-      num_key_value_heads=shape.kv_heads, max_position_embeddings=1024, rms_norm_eps=1e-6,
-      tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0)
-  model = transformers.Qwen2ForCausalLM(config).to(device, torch.float32)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+      f'{job.folder}/model', dtype=torch.float32).to(device)
+  precision = contextlib.nullcontext if job.dtype == 'float32' else (
+      lambda: torch.autocast(device, torch.bfloat16))
   optimizer = torch.optim.AdamW(
-      model.parameters(), lr=shape.learning_rate, weight_decay=0.0, fused=True)
+      model.parameters(), lr=job.learning_rate, weight_decay=0.0, fused=True)
+  ends = bench_torch.Ends(job, bench_torch.END)
+  geometric = job.lengths == 'geometric'
   generation = transformers.GenerationConfig(
-      do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=shape.completion,
-      min_new_tokens=shape.completion, num_return_sequences=shape.group, eos_token_id=None,
-      pad_token_id=0)
-  prompts = torch.from_numpy(bench_grpo.prompt_tokens(shape)).long().to(device)
+      do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=job.completion,
+      num_return_sequences=job.group, pad_token_id=0,
+      eos_token_id=bench_torch.END if geometric else None)
+  model.generation_config = generation
+  processors = transformers.LogitsProcessorList([ends] if geometric else [])
+  prompts = torch.tensor(bench_grpo.prompt_ids(job), device=device)
   everything = torch.ones_like(prompts)
+  vocab = [job.vocab] * (job.prompts * job.group)
 
-  def step():
+  def step(wanted):
     started = time.perf_counter()
-    with torch.inference_mode():
-      rows = model.generate(prompts, attention_mask=everything, generation_config=generation)
+    ends.lengths = wanted
+    with torch.inference_mode(), precision():
+      rows = model.generate(prompts, attention_mask=everything, generation_config=generation,
+                            logits_processor=processors)
     rows = rows.clone()  # out of inference mode
-    tokens = rows[:, shape.prompt:]
-    on_host = tokens.cpu().numpy()
+    tokens = rows[:, job.prompt:]
+    on_host = [row[:length] for row, length in zip(tokens.tolist(), wanted)]
     rollout = time.perf_counter() - started
-    weights = torch.from_numpy(bench_grpo.advantages(on_host, shape.group)).to(device)
-    logits = model(rows, logits_to_keep=shape.completion + 1, use_cache=False).logits[:, :-1]
-    log_probs = (logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1))
+    rewards = torch.tensor(bench_grpo.low_ids(
+        None, None, completion_ids=on_host, vocab=vocab)).reshape(-1, job.group)
+    weights = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    weights = weights.reshape(-1, 1).to(device)
+    lengths = torch.tensor(wanted, device=device)[:, None]
+    mask = torch.arange(tokens.shape[1], device=device)[None] < lengths
+    attention = torch.cat([torch.ones_like(rows[:, :job.prompt]), mask.long()], 1)
+    with precision():
+      logits = model(rows, attention_mask=attention, logits_to_keep=tokens.shape[1] + 1,
+                     use_cache=False).logits[:, :-1].float()
+    log_probs = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
     ratio = (log_probs - log_probs.detach()).exp()
-    gain = torch.minimum(ratio * weights[:, None], ratio.clip(0.8, 1.2) * weights[:, None])
-    (-gain.mean(1).mean()).backward()
+    gain = torch.minimum(ratio * weights, ratio.clip(0.8, 1.2) * weights) * mask
+    (-(gain.sum(1) / lengths[:, 0]).mean()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if device == 'cuda':
-      torch.cuda.synchronize()
-    return on_host, rollout
+    return [len(row) for row in on_host], rollout
 
-  bench_grpo.serve(step, lambda: {
-      'name': 'hf generate', 'versions': {'torch': torch.__version__,
-                                          'transformers': transformers.__version__},
-      'device': torch.cuda.get_device_name() if device == 'cuda' else 'cpu',
-      'prompt_tokens': prompts.numel(),
-      'parameters': sum(p.numel() for p in model.parameters()),
-      'compile_seconds': 0.0, 'compilations': 0})
+  while True:
+    lengths, rollout = step(wanted)
+    turns.done(**bench_torch.facts('hf generate', model), lengths=lengths, rollout=rollout,
+               prompt_tokens=prompts.numel())
+    wanted = turns.wait()
 
 
 if __name__ == '__main__':

@@ -1,0 +1,41 @@
+"""What the torch peers of bench_grpo.py share."""
+
+import torch
+import transformers
+
+END = 1  # the tokenizer's end token
+
+
+class Ends(transformers.LogitsProcessor):
+  """Makes completions end where they should, and nowhere else.
+
+  Attributes:
+    lengths: tokens of each row of the batch, its end token included; of full length: no end token.
+  """
+
+  def __init__(self, job, end):
+    self._prompt, self._most, self._end = job.prompt, job.completion, end
+    self.lengths = []
+
+  def __call__(self, input_ids, scores):
+    now = input_ids.shape[1] - self._prompt + 1  # tokens after this draw
+    scores[:, self._end] = -torch.inf
+    rows = [row for row, length in enumerate(self.lengths) if length == now < self._most]
+    if rows:
+      scores[rows] = -torch.inf
+      scores[rows, self._end] = 0.0
+    return scores
+
+
+def facts(name, model, **versions):
+  """What a side says of itself; waits until the device is done."""
+  on_gpu = torch.cuda.is_available()
+  if on_gpu:
+    torch.cuda.synchronize()
+  return {
+      'name': name, 'compile_seconds': 0.0, 'compilations': 0,
+      'versions': {'torch': torch.__version__, 'transformers': transformers.__version__,
+                   **versions},
+      'device': torch.cuda.get_device_name() if on_gpu else 'cpu',
+      'peak_device_mib': torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0.0,
+      'parameters': sum(p.numel() for p in model.parameters())}

@@ -125,7 +125,12 @@ def load_door(plan, policy, rows, *, parts=1):
   if plan.packs:
     return packing.PackedDoor(found, tokens=config.data.packed_tokens,
                               multiple=parts * config.training.micro_batches, **batch)
-  return offline_door.OfflineDoor(found, **batch)
+  return offline_door.OfflineDoor(found, **batch, **_sizes(plan))
+
+
+def _sizes(plan):
+  """How batches are made of examples: where rows are packed, lengths may mix, at one size."""
+  return {'bucket': False, 'sizes': 1} if plan.packs_completions else {}
 
 
 def _read_examples(plan, policy, rows):
@@ -176,7 +181,7 @@ def _load_held_out(plan, policy):
   found = _read_examples(plan, policy, rows)
   return offline_door.OfflineDoor(
       found, batch_size=config.training.batch_size, seed=None,
-      fill=tokenizers.pad_id(policy.tokenizer), name='held_out')
+      fill=tokenizers.pad_id(policy.tokenizer), name='held_out', **_sizes(plan))
 
 
 def _check_steps(plan, rewards):

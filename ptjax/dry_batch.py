@@ -83,6 +83,7 @@ def make(plan, policies, mesh, *, local):
 
 def rows_of(batch):
   """The sizes of a types.TokenBatch, as costs.Rows."""
+  batch = batch if batch.packed is None else batch.packed.rows
   (p, s), (b, t) = batch.prompt_tokens.shape, batch.tokens.shape
   return costs.Rows(p, s, b // p, t, packed=batch.packing is not None)
 
@@ -91,7 +92,9 @@ def _of_rows(made, door):
   """Takes the door's widest batch or, where the policy may answer itself, its answers if wider."""
   if made.reads_reference:
     reference.attach_zeros(door)
-  batch, draws = door.widest(), []
+  # Packed rows are all of one size.
+  packs = made.plan.packs_completions
+  batch, draws = made.lay_out(door.batch(0)) if packs else door.widest(), []
   share = 1.0 if made.bound.own_turn is None else _own_share(made)
   if made.bound.own_turn is not None and share:
     shown = types.SimpleNamespace(batch=lambda step: batch, epoch=lambda step: 0.0,

@@ -26,6 +26,8 @@ from ptjax.training import state as training_state
 from ptjax.training import step as training_step
 from ptjax.training import trained
 
+_KNOWN_BATCHES = 32  # of a data set, that are looked at to choose the shape of packed rows
+
 
 class StageRun:
   """What a stage trains with.
@@ -63,7 +65,11 @@ class StageRun:
     self._packer = packing.Packer(
         width=self._policy.config.width,
         multiple=sharding.batch_size(mesh) * self._config.training.micro_batches,
-    ) if plan.packs_rollouts else None
+        always=not plan.online,
+    ) if plan.packs_completions else None
+    door = data.doors.get(plan.stage.index)
+    if self._packer is not None and door is not None and not plan.online:
+      self._packer.settle(map(door.batch, range(min(door.steps_per_epoch, _KNOWN_BATCHES))))
 
   # --- state
 
@@ -211,6 +217,10 @@ class StageRun:
         self._frozen[role] = self._policies[role].load(self._place)
     self._teach_self()
 
+  def lay_out(self, batch):
+    """A host batch, with packed rows where the stage packs them."""
+    return batch if self._packer is None else self._packer(batch)
+
   # --- what the loop calls
 
   def train_step(self):
@@ -232,7 +242,7 @@ class StageRun:
       return offline.MixedSource(door, self._sampler(*self.drawn_by()['policy']),
                                  self.bound.own_turn, seed=config.seed, mesh=self._mesh)
     if not self.plan.online:
-      return offline.OfflineSource(door, mesh=self._mesh)
+      return offline.OfflineSource(door, mesh=self._mesh, lay_out=self.lay_out)
     samplers = {name: self._sampler(*who) for name, who in self.drawn_by().items()}
     log_probs = {name: self._pass(*what) for name, what in self.passes().items()}
     return online.RolloutSource(
@@ -329,13 +339,12 @@ class StageRun:
     return lambda params: held_out.evaluate(
         door, lambda batch: step(params, batch, self._loss_state, frozen=self._frozen),
         batch_size=self._config.training.batch_size, mesh=self._mesh,
-        name=self.plan.row.name)
+        name=self.plan.row.name, lay_out=self.lay_out)
 
   def _host_outputs(self, role, output='log_probs'):
     step = self.pass_step(role, output)
-    packed = self._packer or (lambda batch: batch)
     return lambda params, batch: sharding.fetch(
-        step(params, training_step.place(packed(batch), self._mesh), frozen=self._frozen))
+        step(params, training_step.place(self.lay_out(batch), self._mesh), frozen=self._frozen))
 
   # --- the reference of an offline stage
 

@@ -76,10 +76,16 @@ class StagePlan:
             and 'log_probs' in names and names <= per_token)
 
   @property
-  def packs_rollouts(self):
-    """Whether completions of a rollout may share rows; not where a teacher reads other prompts."""
-    return (self.config.data.packing and self.online
-            and recipes.RECIPES[self.row.recipe].privileged is None)
+  def packs_completions(self):
+    """Whether prompts with their completions may share the rows of a forward pass.
+
+    Not where a head reads whole rows, a teacher reads other prompts, or the policy may answer in
+    the middle of a data set.
+    """
+    outputs = set(training_step.model_outputs(self.bind().loss))
+    return (self.config.data.packing and not self.packs and self.row.own_turn is None
+            and recipes.RECIPES[self.row.recipe].privileged is None
+            and 'log_probs' in outputs and not outputs & {'scores', 'step_logits'})
 
   def bind(self):
     """Returns the row with its hyperparameters set, a training.algorithm.Bound."""

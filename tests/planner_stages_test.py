@@ -183,14 +183,14 @@ def test_who_draws_is_who_the_method_asks(root, mesh):
 def test_a_chain_is_planned_stage_by_stage(root, mesh):
   config = config_of(root, 'sft,dpo', 'rows', f'stages.dpo.dataset={root}/pairs.jsonl')
   model, (sft, dpo) = planner.estimate(config, mesh)
-  assert sft.rows.packed and not dpo.rows.packed and dpo.rows.group_size == 2
+  assert sft.rows.packed and dpo.rows.packed
   assert set(sft.programs) == {'update'}
   assert set(dpo.programs) == {'reference log-probs', 'update'}
   rates = device_rates.assumed(config.plan, model, mesh)
   text = '\n'.join(line for stage in (sft, dpo)
                    for line in plan_text._stage_lines(stage, mesh, rates))
   assert re.search(r'stage sft: \d+ packed rows? of \d+ tokens, up to \d+ of them targets', text)
-  assert 'stage dpo: 8 prompts x 2, up to 8 + 8 tokens' in text
+  assert 'stage dpo: 12 packed rows of 16 tokens' in text
   assert 'work once, before the first step' in text.partition('stage dpo')[2]
 
 

@@ -11,11 +11,11 @@ class OfflineDoor:
   """Batches of examples, a prompt and its G completions per row, in a reproducible order.
 
   `batch` is a pure function of the step, so the step is all that a checkpoint must hold. Batches
-  are padded to a few sizes (at most eight, chosen from the examples), so few programs compile.
+  are padded to a few sizes (chosen from the examples), so few programs compile.
   """
 
-  def __init__(self, examples, *, batch_size, seed=0, fill=0, bucket=True, name='demonstrations',
-               shapes=None):
+  def __init__(self, examples, *, batch_size, seed=0, fill=0, bucket=True, sizes=4,
+               name='demonstrations', shapes=None):
     """Sets the batches up.
 
     Args:
@@ -25,12 +25,13 @@ class OfflineDoor:
       fill: id that fills padding; never read.
       bucket: whether batches are made of examples of similar length (order.Order, `lengths`).
         Every example still comes exactly once per epoch.
+      sizes: to how many sizes batches are padded at most.
       name: of the order's random stream.
       shapes: batching.Shapes of (prompt, completion) sizes to share with other doors; None
         chooses them.
     """
     self.examples = examples
-    self._fill, self._bucket, self._name = fill, bucket, name
+    self._fill, self._bucket, self._name, self._sizes = fill, bucket, name, sizes
     self._per_token = dict(examples.per_token)
     self._prompt_lengths, lengths = examples.lengths()
     self._completion_lengths = lengths.max(1)  # [N]
@@ -42,7 +43,8 @@ class OfflineDoor:
   def like(self, examples, *, seed):
     """Returns a door to other examples whose batches have the sizes of this one's."""
     return OfflineDoor(examples, batch_size=self.order.batch_size, seed=seed, fill=self._fill,
-                       bucket=self._bucket, name=self._name, shapes=self.shapes)
+                       bucket=self._bucket, sizes=self._sizes, name=self._name,
+                       shapes=self.shapes)
 
   def __len__(self):
     return len(self.examples)
@@ -64,6 +66,10 @@ class OfflineDoor:
   def rows(self, step):
     """Returns the numbers of the data set's rows that make up a step, a list of P."""
     return [self.examples.row_ids[i] for i in self.order.indices(step)]
+
+  def in_turn(self):
+    """Returns all places [N] in an order in which batches of neighbours cost little."""
+    return self.by_length() if self._bucket else np.arange(len(self))
 
   def by_length(self):
     """Returns all places [N] ordered by length: batches of neighbours hold little padding."""
@@ -128,7 +134,7 @@ class OfflineDoor:
     limits = self.examples.limits
     return batching.Shapes(
         np.concatenate([needs, lengths.max(0)[None]]), lambda s: s[..., 0] + group * s[..., 1],
-        caps=(limits.max_prompt_tokens, limits.max_completion_tokens))
+        most=self._sizes, caps=(limits.max_prompt_tokens, limits.max_completion_tokens))
 
 
 def grouped(examples, name, values):

@@ -8,7 +8,7 @@ from ptjax import sharding
 from ptjax.training import step as training_step
 
 
-def evaluate(door, metrics_of, *, batch_size, mesh, name):
+def evaluate(door, metrics_of, *, batch_size, mesh, name, lay_out=lambda batch: batch):
   """Averages the metrics of all rows, batch by batch.
 
   Args:
@@ -17,17 +17,18 @@ def evaluate(door, metrics_of, *, batch_size, mesh, name):
     batch_size: rows computed together; the last batch may hold fewer.
     mesh: the mesh.
     name: of the method.
+    lay_out: `batch -> batch`, which may pack it.
   Returns:
     {`eval/<name>/<metric>`: mean over the rows, and `..._se`, the standard error over batches}.
   """
   parts = sharding.batch_size(mesh) if mesh is not None else 1
   count = len(door) // parts * parts
   found, sizes = collections.defaultdict(list), []
-  prompts, completions = door.examples.lengths()
-  order = np.argsort(prompts + completions.max(1), kind='stable')[:count]
+  order = door.in_turn()[:count]
   for start in range(0, count, batch_size):
     places = order[start:start + batch_size]
-    metrics = sharding.fetch(metrics_of(training_step.place(door.take(places), mesh)))
+    batch = training_step.place(lay_out(door.take(places)), mesh)
+    metrics = sharding.fetch(metrics_of(batch))
     sizes.append(len(places))
     for key, value in metrics.items():
       found[key].append(float(value))

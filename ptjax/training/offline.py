@@ -16,19 +16,21 @@ class OfflineSource:
   Args:
     door: data.offline.OfflineDoor, or any other with its `batch` and `epoch`.
     mesh: where batches are placed, or None.
+    lay_out: `batch -> batch`, which may pack it.
   """
   waits_for_params = False
 
-  def __init__(self, door, *, mesh=None):
+  def __init__(self, door, *, mesh=None, lay_out=lambda batch: batch):
     self._door = door
     self._mesh = mesh
+    self._lay_out = lay_out
 
   def batch(self, params, step, loss_state=None):
     """Returns the placed batch of `step` (0-based), its metrics, and no samples."""
     del params, loss_state
     batch = self._door.batch(step)
     metrics = {'epoch': self._door.epoch(step), 'train_tokens': int(batch.loss_mask.sum())}
-    return training_step.place(batch, self._mesh), metrics, None
+    return training_step.place(self._lay_out(batch), self._mesh), metrics, None
 
   def complete(self, step, metrics):
     del step, metrics

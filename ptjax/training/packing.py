@@ -36,6 +36,23 @@ class Packer:
     """
     self.shapes = []  # (R rows, W tokens in each, M targets in each)
     self._width, self._multiple, self._always = width, multiple, always
+    self._settled = False
+
+  def settle(self, batches):
+    """Chooses the one cheapest shape that holds every batch, and keeps to it.
+
+    For data sets, whose batches are known before they come. One that does not fit after all is
+    given a shape of its own, which is not remembered: so a layout depends on its batch alone.
+    """
+    lengths = [_Lengths(batch) for batch in batches]
+    longest = max(lengths, key=lambda one: one.longest)
+    shapes = []
+    for width in _widths(longest):
+      fits = [_need(one, width) for one in lengths]
+      shapes.append(self._shape(width, max(count for _, count, _ in fits),
+                                max(most for _, _, most in fits)))
+    self.shapes = [min(shapes, key=self._cost)]
+    self._settled = True
 
   def __call__(self, batch):
     """Returns the batch, a `types.TokenBatch` of NumPy arrays, with its `packed` rows if any."""
@@ -46,11 +63,9 @@ class Packer:
     """(rows of completions, shape) of the cheapest way to pack, or None."""
     fits = {}
 
-    def need(width):  # (rows of completions, their number, most targets in one)
+    def need(width):
       if width not in fits:
-        rows = _fit(lengths, width)
-        most = max((int(lengths.targets[row].sum()) for row in rows), default=1)
-        fits[width] = rows, max(len(rows), 1), most
+        fits[width] = _need(lengths, width)
       return fits[width]
 
     known = []
@@ -59,21 +74,24 @@ class Packer:
         _, count, most = need(shape[1])
         if count <= shape[0] and most <= shape[2]:
           known.append(shape)
-    new = []
-    for width in _widths(lengths):
-      _, count, most = need(width)
-      eighth = max(1, width // 8)
-      new.append((self._rows(count), width, min(width, -(-most // eighth) * eighth)))
-    cheapest = min(new, key=self._cost)
     shape = min(known, key=self._cost, default=None)
+    if self._settled and shape is not None:
+      return need(shape[1])[0], shape
+    cheapest = min((self._shape(width, *need(width)[1:]) for width in _widths(lengths)),
+                   key=self._cost)
     near = _NEAR + _NEARER * len(self.shapes)
     if shape is None or self._cost(shape) > near * self._cost(cheapest):
       shape = cheapest
     if not self._always and self._plain_cost(lengths) < _SAVES * self._cost(shape):
       return None
-    if shape not in self.shapes:
+    if shape not in self.shapes and not self._settled:
       self.shapes.append(shape)
     return need(shape[1])[0], shape
+
+  def _shape(self, width, count, most):
+    """(R, W, M) of rows of a width, given how many and how many targets in one there must be."""
+    eighth = max(1, width // 8)
+    return self._rows(count), width, min(width, -(-most // eighth) * eighth)
 
   def _rows(self, count):
     """A number of rows for batches that need about `count`; few different ones come out."""
@@ -126,6 +144,13 @@ def _widths(lengths):
   first = batching.bucket(lengths.longest)
   found = {first, batching.bucket(first + 1), batching.bucket(batching.bucket(first + 1) + 1)}
   return sorted(found | {s + t})
+
+
+def _need(lengths, width):
+  """(rows of completions, their number, most targets in one) at a width."""
+  rows = _fit(lengths, width)
+  most = max((int(lengths.targets[row].sum()) for row in rows), default=1)
+  return rows, max(len(rows), 1), most
 
 
 def _fit(lengths, width):

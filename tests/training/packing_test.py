@@ -148,6 +148,20 @@ def test_what_is_packed_follows_from_the_batch_and_the_shapes_alone():
     jax.tree.map(np.testing.assert_array_equal, resumed(batch), other)
 
 
+def test_a_data_sets_batches_take_one_shape_and_strangers_one_of_their_own():
+  rng = np.random.default_rng(0)
+  batches = [geometric(rng, group=2) for _ in range(8)]
+  packer = packing.Packer(width=256, always=True)
+  packer.settle(batches)
+  shape_of = lambda batch: packer(batch).packed.rows.prompt_tokens.shape
+  known, = {shape_of(batch) for batch in batches}
+  stranger = geometric(rng, group=16)
+  assert shape_of(stranger) != known
+  assert {shape_of(batch) for batch in batches} == {known}  # nothing was learnt from it
+  fullest = max(int(batch.loss_mask.sum()) for batch in batches) + 8 * 32
+  assert np.prod(known) < 1.5 * fullest  # 1/3 of padding at most, spare rows included
+
+
 def test_rows_without_padding_are_left_as_they_are():
   rng = np.random.default_rng(0)
   full = geometric(rng, longest=64, mean=10**6)
@@ -236,7 +250,13 @@ def _of_demonstrations():
           'from_rollouts': ~last}
 
 
+def _of_pairs():
+  return {'reference_log_probs': np.random.default_rng(7).normal(
+      -2.0, 1.0, size=(P * G, T)).astype(np.float32)}
+
+
 CASES = {
+    'dpo': {'inputs': _of_pairs}, 'simpo': {},
     'grpo': {}, 'gspo': {}, 'ppo head': {'critic': 'head', 'inputs': _of_ppo},
     'ppo model': {'critic': 'model', 'inputs': _of_ppo},
     'luffy': {'inputs': _of_demonstrations}, 'hpt': {'inputs': _of_demonstrations}}

@@ -4,6 +4,8 @@ import collections
 import math
 import re
 
+import numpy as np
+
 # kind -> bytes a device receives per byte of the result, of a ring over n devices.
 _TRAFFIC = {
     'all-gather': lambda n: (n - 1) / n,
@@ -25,11 +27,12 @@ _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _SHAPE = re.compile(r'\b(\w+)\[([\d,]*)\]')
 
 
-def bytes_received(text):
+def bytes_received(text, *, within=None):
   """Adds up collectives, one in a loop as often as the loop runs.
 
   Args:
     text: `compiled.as_text()`.
+    within: count only collectives among neighbours: devices of one node, of so many each.
   Returns:
     dict kind -> bytes each device receives. A loop without a known number of turns counts once,
     and of a branch all arms count.
@@ -42,7 +45,9 @@ def bytes_received(text):
       match = _COLLECTIVE.match(line)
       if match:
         shapes, kind, started = match.groups()
-        total[kind] += times * _TRAFFIC[kind](_group_size(line)) * _size(shapes, kind, started)
+        group = _group(line)
+        if within is None or group.max() // within == group.min() // within:
+          total[kind] += times * _TRAFFIC[kind](group.size) * _size(shapes, kind, started)
         continue
       body = _BODY.search(line)
       if body:
@@ -94,17 +99,27 @@ def _size(shapes, kind, started):
   return sum(_results(sizes, kind, started))
 
 
-def _group_size(line):
-  """Devices that take part together, from the three ways in which XLA writes replica groups."""
-  listed = re.search(r'replica_groups=\{\{([\d,]+)\}', line)  # {{0,1},{2,3}}
-  if listed:
-    return len(listed[1].split(','))
-  iota = re.search(r'replica_groups=\[\d+,(\d+)\]', line)  # [2,4]<=[8]: 2 groups of 4
-  if iota:
-    return int(iota[1])
+def _group(line):
+  """Devices of the first group that takes part together, [n], from all ways XLA writes groups."""
+  listed = re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', line)
+  if listed:  # {{0,1},{2,3}}
+    return np.array([int(i) for i in listed[1].split(',')])
+  iota = re.search(r'replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line)
+  if iota:  # [2,4]<=[8]: 2 groups of 4; [4,2]<=[2,4]T(1,0): of the transposed numbers
+    sizes = [int(i) for i in iota[2].split(',')]
+    order = [int(i) for i in iota[3].split(',')] if iota[3] else range(len(sizes))
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1)[:int(iota[1])]
   named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)  # axes by name
-  if named:
-    sizes = dict(re.findall(r"('[^']+')=(\d+)", named[1]))
-    # Of an axis that is split further, the part that takes part follows a colon: 'a':(2)4 is 4.
-    return math.prod(int(sizes.get(axis) or axis.rsplit(')', 1)[1]) for axis in named[2].split(','))
-  return 2  # a permute has no groups, and its factor is 1 whatever they are
+  sizes = [(name, int(size)) for name, size in re.findall(r"('[^']+')=(\d+)", named[1])]
+  devices = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
+  taking = {name: split for name, *split in re.findall(r"('[^']+')(?::\((\d+)\)(\d+))?", named[2])}
+  chosen = []
+  for name, size in sizes:
+    if name not in taking:
+      chosen.append([0])
+    elif taking[name][0]:  # of an axis that is split further: 'a':(2)4 are 4, behind a split in 2
+      major, own = map(int, taking[name])
+      chosen.append(range(0, size // major, size // major // own))
+    else:
+      chosen.append(range(size))
+  return devices[np.ix_(*chosen)].reshape(-1)

@@ -250,12 +250,14 @@ class PlanSettings:
   device: str | None = None  # whose data sheet counts: A100, H100 or H200; None: as found, or H100
   peak_tflops: float | None = None  # of one device, 1e12/s; None: of the data sheet, or measured
   memory_gb_per_second: float | None = None  # between a device and its memory; None: likewise
-  link_gb_per_second: float | None = None  # that a device receives from others; None: likewise
+  link_gb_per_second: float | None = None  # that a device receives of its node; None: likewise
+  network_gb_per_second: float | None = None  # that a device receives of other nodes; None: likewise
   efficiency: float = 0.4  # of given peaks and data sheets that a good program reaches, a fraction
   memory_gib: float | None = None  # of one device; None: of the data sheet, or this machine's
 
   def __post_init__(self):
-    for name in ('peak_tflops', 'memory_gb_per_second', 'link_gb_per_second', 'memory_gib'):
+    for name in ('peak_tflops', 'memory_gb_per_second', 'link_gb_per_second',
+                 'network_gb_per_second', 'memory_gib'):
       if getattr(self, name) is not None:
         _positive(f'plan.{name}', getattr(self, name))
     if not 0 < self.efficiency <= 1:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from ptjax import collectives
+from ptjax import rates
 from ptjax import sharding
 from ptjax import types
 from ptjax.models import hub
@@ -27,6 +28,7 @@ class Program:
   outputs: int  # bytes; without what lies in donated arguments
   temporaries: int  # bytes
   received: dict  # collective -> bytes it receives
+  near: float  # of these, bytes from devices of its own node
   seconds: float  # that compiling took
 
 
@@ -58,12 +60,13 @@ def compile_program(lower, mesh):
   started = time.perf_counter()
   with sharding.use(mesh):
     compiled = lower().compile(compiler_options=_FAST if _on_cpu(mesh) else None)
-  memory = compiled.memory_analysis()
+  memory, text = compiled.memory_analysis(), compiled.as_text()
   return Program(
       arguments=memory.argument_size_in_bytes,
       outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
       temporaries=memory.temp_size_in_bytes,
-      received=collectives.bytes_received(compiled.as_text()),
+      received=collectives.bytes_received(text),
+      near=sum(collectives.bytes_received(text, within=rates.PER_NODE).values()),
       seconds=time.perf_counter() - started)
 
 

@@ -8,6 +8,7 @@ import jax
 from ptjax import config as settings
 from ptjax import dry_run
 from ptjax import plan_fit
+from ptjax import rates as rates_of
 from ptjax.models import hub
 
 GIB = 2.0**30
@@ -84,6 +85,9 @@ def _stage_lines(stage, mesh, rates):
       where = {work.name: work.received.get(kind, 0) for work in every_step}
       most = max(where, key=where.get)
       yield f'{_row(kind, size)}, {where[most] / size:.0%} of it in {most}'
+    if mesh.size > rates_of.PER_NODE:
+      near = sum(work.near for work in every_step) / sum(kinds.values())
+      yield f'    {near:.0%} of it from devices of the own node, of {rates_of.PER_NODE} each'
 
 
 def _work_row(work, rates, mesh):
@@ -146,8 +150,10 @@ def _notes(model, mesh, rates, stages):
   yield ('FLOP are of all devices, with all that is recomputed; bytes moved (between a device and '
          'its memory: weights, caches, optimizer state and the logits of decoding, not '
          'activations) and received (from other devices) are per device.')
+  between = '' if mesh.size <= rates_of.PER_NODE else (
+      f', from other nodes {rates.network / 1e9:,.3g}')
   yield (f'Seconds assume {rates.flops / 1e12:,.3g} TFLOP/s, {rates.bytes / 1e9:,.3g} GB/s moved '
-         f'and {rates.link / 1e9:,.3g} GB/s received ({rates.name}), no overlap of computing and '
+         f'and {rates.link / 1e9:,.3g} GB/s received{between} ({rates.name}), no overlap of computing and '
          'receiving, every completion at full length, and no time for rewards.')
   if dry_run.compiled_dtype(model, mesh) != model:
     yield (f'Temporaries and bytes received are those of programs in float32, since XLA widens '

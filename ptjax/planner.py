@@ -48,18 +48,21 @@ class Work:
   flops: float = 0.0  # of all devices together
   moved: float = 0.0  # bytes between a device and its memory: weights, caches, optimizer, logits
   received: dict = dataclasses.field(default_factory=dict)  # collective -> bytes a device receives
+  near: float = 0.0  # of these, bytes from devices of its own node
   once: bool = False
 
   def seconds(self, rates, devices):
     """Sums computing and communication; neither overlap nor host time is assumed."""
     return (max(self.flops / devices / rates.flops, self.moved / rates.bytes)
-            + sum(self.received.values()) / rates.link)
+            + self.near / rates.link
+            + (sum(self.received.values()) - self.near) / rates.network)
 
   def shared(self, updates):
     """This work where it is done once in so many optimizer steps."""
     return dataclasses.replace(
         self, flops=self.flops / updates, moved=self.moved / updates,
-        received={kind: size / updates for kind, size in self.received.items()})
+        received={kind: size / updates for kind, size in self.received.items()},
+        near=self.near / updates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +252,7 @@ class _Found:
   def _pass_work(self, said, role, batch, program):
     model, parts = self._model(role), self._plan.config.training.micro_batches
     return Work(said, costs.log_prob_flops(model, dry_batch.rows_of(batch)),
-                parts * self._weights(model), program.received)
+                parts * self._weights(model), program.received, program.near)
 
   def add_update(self):
     """The optimizer step."""
@@ -265,7 +268,7 @@ class _Found:
     moved = passes * self._weights(self._model('policy')) + 2 * (
         dry_run.bytes_per_device((state.params, state.opt_state)) + gradients)
     self.work.append(Work('update', _update_flops(self._plan, self._policies, self._widest), moved,
-                          update.received))
+                          update.received, update.near))
 
 
 def _resident(made, widest, mesh):
@@ -325,9 +328,6 @@ def _rollout_memory(rollout):
 
 def _rollout_work(model, mesh, rows, rollout, weights):
   """Prefill and decoding of one rollout."""
-  received = lambda *names: dict(sum(
-      (collections.Counter(rollout.programs[name].received) for name in names),
-      collections.Counter()))
   shards = sharding.batch_size(mesh)
   logits = rows.completions / shards * model.vocab_size / mesh.shape['tensor'] * 4
   # A step reads the weights, both caches, and passes three times over float32 logits.
@@ -336,8 +336,10 @@ def _rollout_work(model, mesh, rows, rollout, weights):
               for window in rollout.windows)
   decode = sum(rollout.steps * costs.decode_flops(model, rows, window)
                for window in rollout.windows)
-  chunks = received('chunk') if rollout.windows else {}
-  return [Work('prefill', costs.prefill_flops(model, rows), weights,
-               received('weights', 'prefill')),
-          Work('decode', decode, moved,
-               {kind: size * len(rollout.windows) for kind, size in chunks.items()})]
+  before = [rollout.programs[name] for name in ('weights', 'prefill')]
+  chunks = [rollout.programs['chunk'] for _ in rollout.windows]
+  total = lambda programs: dict(sum(
+      (collections.Counter(program.received) for program in programs), collections.Counter()))
+  near = lambda programs: sum(program.near for program in programs)
+  return [Work('prefill', costs.prefill_flops(model, rows), weights, total(before), near(before)),
+          Work('decode', decode, moved, total(chunks), near(chunks))]

@@ -14,7 +14,7 @@ DEVICES = {
     'A100': (312e12, 156e12, 2.04e12, 300e9, 80), 'H100': (989e12, 494e12, 3.35e12, 450e9, 80),
     'H200': (989e12, 494e12, 4.8e12, 450e9, 141),
 }
-_PER_NODE = 8
+PER_NODE = 8  # devices
 _NETWORK = 50e9  # bytes/s of each device's share of the network between nodes (400 Gbit/s)
 
 
@@ -24,7 +24,8 @@ class Rates:
   name: str
   flops: float
   bytes: float  # to and from its memory
-  link: float  # bytes received from other devices
+  link: float  # bytes received from other devices of its node
+  network: float  # bytes received from other nodes
   memory: float | None = None  # GiB it has, where known
 
 
@@ -46,14 +47,15 @@ def assumed(options, model, mesh):
   here = device.platform == 'cpu' and mesh.size == 1 and model.dtype == 'float32'
   given = {name: value for name, value in (
       ('flops', options.peak_tflops), ('bytes', options.memory_gb_per_second),
-      ('link', options.link_gb_per_second)) if value is not None}
+      ('link', options.link_gb_per_second),
+      ('network', options.network_gb_per_second)) if value is not None}
   if options.device is None and here:
     found, share = measured(), 1.0  # as measured, nothing taken off
   else:
     found = _data_sheet(options.device or next(
         (name for name in DEVICES if name in device.device_kind), 'H100'), model, mesh)
     share = options.efficiency
-  units = {'flops': 1e12, 'bytes': 1e9, 'link': 1e9}
+  units = {'flops': 1e12, 'bytes': 1e9, 'link': 1e9, 'network': 1e9}
   rates = {name: options.efficiency * given[name] * units[name] if name in given
            else share * getattr(found, name) for name in units}
   name = found.name if share == 1.0 else f'{share:.0%} of {found.name}'
@@ -66,11 +68,9 @@ def assumed(options, model, mesh):
 
 def _data_sheet(name, model, mesh):
   half, single, memory, link, size = DEVICES[name]
-  several = mesh.size > _PER_NODE
-  if several:  # a collective over all devices is as fast as its slowest link
-    link = _NETWORK
+  several = mesh.size > PER_NODE
   return Rates(f'the data sheet of {name}' + ', 400 Gbit/s each between nodes' * several,
-               half if model.dtype == 'bfloat16' else single, memory, link, size)
+               half if model.dtype == 'bfloat16' else single, memory, link, _NETWORK, size)
 
 
 def measured():
@@ -89,7 +89,7 @@ def measured():
   matrix, vector = jnp.ones((1024, 1024), jnp.float32), jnp.ones(1 << 23, jnp.float32)
   memory = 2 * vector.nbytes / best(lambda x: x + 1, vector)
   return Rates('products and copies measured here now',
-               2 * 1024**3 / best(lambda x: x @ matrix / 1024, matrix), memory, memory,
+               2 * 1024**3 / best(lambda x: x @ matrix / 1024, matrix), memory, memory, memory,
                _machine_memory())
 
 

@@ -63,3 +63,29 @@ def test_a_program_on_one_device_sends_nothing():
 def test_every_notation_is_read(line, kind, size):
   text = f'ENTRY %main (x: f32[5]) -> f32[5] {{\n  {line}, dimensions={{0}}\n}}\n'
   assert collectives.bytes_received(text) == {kind: size}
+
+
+@pytest.mark.parametrize('groups, devices', [
+    ('replica_groups={{0,4},{1,5}}', [0, 4]), ('replica_groups=[2,4]<=[8]', [0, 1, 2, 3]),
+    ('replica_groups=[4,2]<=[2,4]T(1,0)', [0, 4]),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
+    ("replica_groups=mesh['a'=8,'b'=2] {'a':(2)4}", [0, 2, 4, 6]),
+    ("replica_groups=mesh['a'=8,'b'=2] {'a':(1)2}", [0, 8]),
+    ('source_target_pairs={{0,7},{7,0}}', [0, 7])])
+def test_who_takes_part_is_read(groups, devices):
+  assert collectives._group(f'%a = f32[5]{{0}} all-gather(%x), {groups}').tolist() == devices
+
+
+def test_neighbours_are_told_apart():
+  mesh = sharding.make_mesh('fsdp=4,tensor=2')
+  both = lambda x, y: (lax.psum(x, 'tensor'), lax.psum(y, 'fsdp'))
+  program = jax.shard_map(
+      both, mesh=mesh, in_specs=(PartitionSpec('tensor'), PartitionSpec('fsdp')),
+      out_specs=(PartitionSpec(), PartitionSpec()))
+  text = jax.jit(program).lower(
+      struct((2, 100), mesh, 'tensor'), struct((4, 100), mesh, 'fsdp')).compile().as_text()
+  among_two, among_four = 2 * 1 / 2 * 400, 2 * 3 / 4 * 400
+  assert collectives.bytes_received(text) == {'all-reduce': among_two + among_four}
+  assert collectives.bytes_received(text, within=2) == {'all-reduce': among_two}
+  assert collectives.bytes_received(text, within=8) == {'all-reduce': among_two + among_four}

@@ -9,7 +9,7 @@ from ptjax import planner
 from ptjax import rates
 from ptjax.models import costs
 
-RATES = rates.Rates('test', flops=1e12, bytes=1e9, link=1e9, memory=80)
+RATES = rates.Rates('test', flops=1e12, bytes=1e9, link=1e9, network=1e8, memory=80)
 
 
 def fit_text(resident, phases, **answer):

@@ -1,6 +1,7 @@
 """The plan against what runs really hold, and what it refuses to plan."""
 
 import collections
+import dataclasses
 import functools
 
 import jax
@@ -187,8 +188,10 @@ def test_what_cannot_run_is_not_planned(assignments, message):
 
 
 def test_seconds_follow_from_the_tighter_of_computing_and_memory():
-  rates = device_rates.Rates('test', flops=100.0, bytes=10.0, link=1.0)
+  rates = device_rates.Rates('test', flops=100.0, bytes=10.0, link=1.0, network=0.5)
   assert planner.Work('', flops=800.0, moved=10.0).seconds(rates, 4) == 2.0
   work = planner.Work('', flops=800.0, moved=30.0, received={'all-gather': 2.0, 'all-reduce': 3.0})
+  assert work.seconds(rates, 4) == 13.0  # all of it from other nodes
+  work = dataclasses.replace(work, near=5.0)
   assert work.seconds(rates, 4) == 8.0
   assert work.shared(2).seconds(rates, 4) == 4.0

@@ -38,7 +38,7 @@ def test_what_is_given_wins(one):
       device='H200', peak_tflops=700.0, link_gb_per_second=100.0, efficiency=0.5, memory_gib=40.0)
   found = rates.assumed(options, HALF, one)
   assert (found.flops, found.bytes, found.link) == (350e12, 0.5 * 4.8e12, 50e9)
-  assert found.memory == 40.0
+  assert found.memory == 40.0 and found.network == 25e9
   assert found.name == '50% of the peaks given, else 50% of the data sheet of H200'
 
 

@@ -3,12 +3,14 @@
 import json
 import logging
 import pathlib
+import string
 import sys
 
 import numpy as np
 import pytest
 
 from ptjax.training import doctor
+from ptjax.training import experience
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import job_runs
@@ -87,13 +89,40 @@ def test_completions_that_stopped_before_are_growing(tmp_path):
   assert [finding['title'] for finding in findings] == ['all completions are truncated']
 
 
-def test_a_healthy_run_and_a_passing_fault_are_left_alone(tmp_path):
-  assert _watch(tmp_path, _records({})) == []
-  for changes in PLANTED.values():
-    few = doctor.PATIENCE - 1
-    assert _watch(tmp_path, _records(changes, few) + _records({}, 1) + _records(changes, few)) in (
-        [], ) or 'completions/clipped_ratio' in changes
+@pytest.mark.parametrize('title', ['', *PLANTED])
+def test_a_healthy_run_and_a_passing_fault_are_left_alone(tmp_path, title):
+  few, changes = doctor.PATIENCE - 1, PLANTED.get(title, {})
+  assert _watch(tmp_path, _records(changes, few) + _records({}, 1) + _records(changes, few)) == []
   assert not (tmp_path / 'findings.json').exists()
+
+
+class _Read(dict):
+  """A record that remembers which metrics were asked for."""
+  names = set()
+
+  def get(self, name, default=None):
+    self.names.add(name)
+    return super().get(name, default)
+
+  def __getitem__(self, name):
+    self.names.add(name)
+    return super().__getitem__(name)
+
+  def __contains__(self, name):
+    self.names.add(name)
+    return super().__contains__(name)
+
+
+def _metrics_of_faults():
+  """The names of all metrics that the faults look at, and that their messages print."""
+  past = {'stopped': False, 'rewarded': False, 'trained_parameters': 1}
+  for changes in ({}, *PLANTED.values()):
+    for fault in doctor.FAULTS:
+      for stopped in (False, True):
+        fault.shows([_Read(record) for record in _records(changes)], {**past, 'stopped': stopped})
+  printed = {name for fault in doctor.FAULTS
+             for _, name, _, _ in string.Formatter().parse(fault.message) if name}
+  return _Read.names | printed
 
 
 def test_supervised_records_have_no_rewards_to_miss(tmp_path):
@@ -124,16 +153,61 @@ def test_a_resumed_run_names_nothing_twice(tmp_path, caplog):
   assert not (tmp_path / 'findings.json').exists()
 
 
+@pytest.fixture(scope='module')
+def launch(tmp_path_factory, compile_cache):
+  """Runs some steps with a reward of `text` and its place `i` in the rollout; the run's folder."""
+  root = tmp_path_factory.mktemp('doctor')
+  model = job_runs.export_model(root / 'model', width=16, num_layers=1, num_heads=2,
+                                num_kv_heads=1, mlp_width=32)
+  def run(algo, reward, *, steps=6, **settings):
+    (root / f'{algo}.py').write_text(
+        'def reward(prompts, completions, **columns):\n'
+        f'  return [{reward} for i, text in enumerate(completions)]\n')
+    assert job_runs.launch_here(job_runs.arguments(
+        model, root / algo, compile_cache, f'--algo={algo}', f'--steps={steps}',
+        f'--reward={root / algo}.py:reward', **settings)) == 0
+    return root / algo
+  return run
+
+
+def _titles(run):
+  path = run / 'findings.json'
+  return {found['title'] for found in json.loads(path.read_text())} if path.exists() else set()
+
+
 @pytest.mark.slow
-def test_in_a_run(tmp_path, compile_cache, capsys):
-  (tmp_path / 'same.py').write_text(
-      'def reward(prompts, completions, **columns):\n  return [0.5] * len(prompts)\n')
-  model = job_runs.export_model(tmp_path / 'model')
-  assert job_runs.launch_here(job_runs.arguments(
-      model, tmp_path / 'run', compile_cache, '--steps=6', f'--reward={tmp_path}/same.py:reward',
-      rollout__max_completion_tokens=1, optimizer__learning_rate=0)) == 0
+def test_a_run_that_cannot_learn(launch, capsys):
+  run = launch('grpo', 0.5, rollout__max_completion_tokens=1, optimizer__learning_rate=0)
   wanted = {'the reward is constant', 'the learning rate is zero', 'no completion ends by itself'}
-  findings = json.loads((tmp_path / 'run' / 'findings.json').read_text())
-  assert {finding['title'] for finding in findings} == wanted
-  page, shown = (tmp_path / 'run' / 'report.html').read_text(), capsys.readouterr().out
+  assert _titles(run) == wanted
+  page, shown = (run / 'report.html').read_text(), capsys.readouterr().out
   assert all(title in page and title in shown for title in wanted)
+
+
+@pytest.mark.slow
+def test_a_run_whose_estimator_takes_everything_away(launch):
+  """Of two best completions neither stands out, so pass@k's advantage is 0 though rewards vary."""
+  run = launch('pass_at_k', 'float(i % 4 < 2)', log__report=False)
+  assert _titles(run) == {'all advantages are zero'}
+  _assert_logged(run)
+
+
+@pytest.mark.slow
+def test_a_run_that_leaves_its_sampler_behind(launch, monkeypatch):
+  """A sampler that records other log-probs than it drew with, and epochs past a clip of 0."""
+  assemble = experience.assemble
+  def misreport(prompts, rollouts, **options):
+    return assemble(prompts, rollouts.replace(log_probs=rollouts.log_probs - 2.0), **options)
+  monkeypatch.setattr(experience, 'assemble', misreport)
+  run = launch('ppo', 'float(text[:1] in "01234")', steps=8, log__report=False, training__epochs=8,
+               optimizer__learning_rate=3e-3, rollout__max_completion_tokens=1,
+               loss__clip_low=0, loss__clip_high=0, loss__value_coefficient=0)
+  assert _titles(run) == {'sampler and trainer disagree', 'everything is clipped',
+                          'no completion ends by itself'}
+  _assert_logged(run)
+
+
+def _assert_logged(run):
+  """Whatever a fault reads, a real run logs; `bad_steps` where there are any."""
+  logged = {name for record in job_runs.metrics(run, timing=True) for name in record}
+  assert _metrics_of_faults() - logged == {'bad_steps'}

@@ -86,7 +86,7 @@ CASES = {
     'dpo': ('pairs', {}, {'loss': -1, 'rewards/accuracies': 1, 'rewards/margins': 1}),
     'ipo': ('pairs', {}, {'loss': -1, 'rewards/accuracies': 1}),
     'simpo': ('pairs', {}, {'loss': -1, 'rewards/accuracies': 1}),
-    'orpo': ('pairs', {'training.steps': 40}, {'loss': -1, 'rewards/margins': 1}),
+    'orpo': ('pairs', {'training.steps': 60}, {'loss': -1, 'rewards/margins': 1}),
     'kto': ('labelled', {}, {'loss': -1, 'rewards/margins': 1}),
     'reward_bt': ('pairs', {'training.steps': 40}, {'loss': -1, 'rewards/margins': 1}),
     'prm': ('steps', {'training.steps': 40}, {'loss': -1, 'accuracy': 1}),

@@ -270,7 +270,7 @@ def sampling_options(config, policy):
   return sampler.SamplingOptions(
       max_tokens=rollout.max_completion_tokens, temperature=rollout.temperature,
       top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p, stop_ids=policy.stop_ids,
-      stop_strings=rollout.stop_strings, group_size=rollout.group_size)
+      stop_strings=rollout.stop_strings, group_size=rollout.group_size, slots=rollout.slots)
 
 
 def make_forward(plan, policies, *, role='policy'):

@@ -37,9 +37,11 @@ class Rollout:
   """What a rollout of full-length completions holds and does; bytes are per device."""
   weights: int  # the copy decoding works on
   store: int  # keys and values of the prompts
-  own: tuple  # keys and values of the completions, at each of their widths
-  slots: int  # tokens, log-probs, keys
-  windows: tuple  # width of the own caches in each chunk decoded
+  own: int  # keys and values of the slots
+  copies: int  # the most keys and values that a chunk copies, to decode fewer slots or a part
+  completions: int  # tokens, log-probs, keys
+  share: float  # of the completions, that are decoded at once
+  windows: tuple  # width of what is read of the own caches, in each chunk decoded
   steps: int  # of a chunk
   programs: dict  # 'weights', 'prefill', 'chunk' (the widest) -> Program
 
@@ -130,32 +132,35 @@ class _DrySampler(sampler.Sampler):
   def __init__(self, *args, compiles):
     super().__init__(*args)
     self._compiles = compiles
-    self._status_shapes = None
+    self._lengths = None
+    self.slots = 0
     self.programs, self.outputs, self.windows = {}, {}, []
 
   def _run(self, shapes, name, function, *args, out, donate=()):
     del shapes
     kind = name if isinstance(name, str) else name[0]
-    wanted = kind in ('weights', 'prefill') or name == ('chunk', self._windows[-1])
+    wanted = kind in ('weights', 'prefill') or name[2:] == (self._windows[-1],)
     if self._compiles and wanted and kind not in self.programs:
       jitted = jax.jit(function, out_shardings=out, donate_argnums=donate)
       self.programs[kind] = compile_program(lambda: jitted.lower(*args), self.mesh)
-    if kind == 'chunk':  # returns caches and slots as they were, filled further
-      self.windows.append(name[1])
+    if kind == 'chunk':  # returns caches and completions as they were, filled further
+      self.slots = max(self.slots, name[1])
+      self.windows.append(name[2])
+      rows = np.asarray(args[-1])
+      self._lengths.reshape(len(rows), -1)[np.arange(len(rows))[:, None], rows] += self._steps
       return (*args[2:4], self._next_status())
     with sharding.use(self.mesh):
       made = _placed_as(jax.eval_shape(function, *args), out)
     self.outputs.setdefault(kind, []).append(made)
     if kind == 'prefill':
-      *made, self._status_shapes = made
-      made = (*made, self._next_status())
+      self._lengths = np.where(np.asarray(args[-1]), 1, self.options.max_tokens)
+      made = (*made[:3], self._next_status())
     return made
 
   def _next_status(self):
-    """What the host sees: all done once every completion has its last token."""
-    done = len(self.windows) * self._steps >= self.options.max_tokens - 1
-    return {k: np.full(v.shape, k == 'done' and done, v.dtype)
-            for k, v in self._status_shapes.items()}
+    """What the host sees: a completion is done once it has its last token."""
+    lengths = np.minimum(self._lengths, self.options.max_tokens)
+    return {'length': lengths, 'done': lengths == self.options.max_tokens}
 
 
 def _dry_sampler(model, options, mesh, rows, *, compiles):
@@ -167,12 +172,17 @@ def _dry_sampler(model, options, mesh, rows, *, compiles):
   dry(params, types.Prompts(
       tokens=np.zeros((p, s), np.int32), lengths=np.full(p, s, np.int32),
       ids=np.arange(p, dtype=np.int32), sample_ids=np.zeros((p, g), np.int32)), jax.random.key(0))
-  store, own, slots, _ = dry.outputs['prefill'][0]
+  store, own, made, _ = dry.outputs['prefill'][0]
+  own, store = map(bytes_per_device, (own, store))
+  slots, (narrow, wide) = dry.slots or p * g, [0, *dry._windows][-2:]
+  # Beside what the program at full width copies: a narrower window, or half the slots, of which
+  # each then needs a copy of its prompt.
+  half = own / 2 + (store * g / 2 if slots == p * g else 0)
   return Rollout(
-      weights=bytes_per_device(dry.outputs['weights']), store=bytes_per_device(store),
-      own=tuple(map(bytes_per_device, [own, *dry.outputs.get('grow', [])])),
-      slots=bytes_per_device(slots), windows=tuple(dry.windows), steps=dry._steps,
-      programs=dry.programs)
+      weights=bytes_per_device(dry.outputs['weights']), store=store, own=own,
+      copies=int(max(own * narrow / wide, half)) if dry.slots else 0,
+      completions=bytes_per_device(made), share=slots / (p * g), windows=tuple(dry.windows),
+      steps=dry._steps, programs=dry.programs)
 
 
 def _on_cpu(mesh):

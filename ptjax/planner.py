@@ -316,13 +316,11 @@ def _adapters(plan, model):
 
 def _rollout_memory(rollout):
   """Parts of the rollout; its temporaries are those of the moment at which it holds most."""
-  widest = rollout.own[-1]
-  extra = [rollout.programs['prefill'].temporaries + rollout.own[0] - widest]
-  extra += rollout.own[-2:-1]  # while the widest caches are made, the ones before are there
+  extra = [rollout.programs['prefill'].temporaries]
   if 'chunk' in rollout.programs:
-    extra.append(rollout.programs['chunk'].temporaries)
+    extra.append(rollout.programs['chunk'].temporaries + rollout.copies)
   return {'weights': rollout.weights, 'KV cache of prompts': rollout.store,
-          'KV cache of completions': widest, 'tokens, log-probs': rollout.slots,
+          'KV cache of completions': rollout.own, 'tokens, log-probs': rollout.completions,
           'temporaries': max(extra)}
 
 
@@ -331,10 +329,10 @@ def _rollout_work(model, mesh, rows, rollout, weights):
   shards = sharding.batch_size(mesh)
   logits = rows.completions / shards * model.vocab_size / mesh.shape['tensor'] * 4
   # A step reads the weights, both caches, and passes three times over float32 logits.
-  moved = sum(rollout.steps * (weights + rollout.store
-                               + rollout.own[-1] * window / rollout.windows[-1] + 3 * logits)
+  moved = sum(rollout.steps * (weights + rollout.store + rollout.own * window / rollout.windows[-1]
+                               + 3 * rollout.share * logits)
               for window in rollout.windows)
-  decode = sum(rollout.steps * costs.decode_flops(model, rows, window)
+  decode = sum(rollout.steps * rollout.share * costs.decode_flops(model, rows, window)
                for window in rollout.windows)
   before = [rollout.programs[name] for name in ('weights', 'prefill')]
   chunks = [rollout.programs['chunk'] for _ in rollout.windows]

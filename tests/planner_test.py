@@ -71,7 +71,7 @@ class Recorder:
       made = run(owner, shapes, name, *args, **options)
       kind = name if isinstance(name, str) else name[0]
       self.programs[kind] = owner._programs[name, shapes]
-      parts = {'prefill': ('store', 'own', 'slots'), 'grow': ('own',), 'weights': ('weights',)}
+      parts = {'prefill': ('store', 'own', 'completions'), 'weights': ('weights',)}
       values = made if kind == 'prefill' else [made]
       for part, value in zip(parts.get(kind, ()), values):
         self.outputs[part].append(on_one_device(value))
@@ -129,17 +129,23 @@ def test_the_plan_holds_what_a_rollout_holds(monkeypatch):
       tokens=np.ones((4, 16), np.int32), lengths=np.full(4, 9, np.int32),
       ids=np.arange(4, dtype=np.int32), sample_ids=np.zeros((4, 2), np.int32)), jax.random.key(1))
   assert plan.windows == (64,) * 4 + (112,) * 3
-  assert plan.own == tuple(run.outputs['own']) and len(plan.own) == 2
-  for part in ('store', 'weights', 'slots'):
+  for part in ('store', 'own', 'weights', 'completions'):
     assert [getattr(plan, part)] == run.outputs[part]
   layers, batch, heads, width = SMALL.num_layers, 4 * 2 // 4, SMALL.num_kv_heads // 2, 112
-  assert plan.own[-1] == layers * 2 * batch * heads * SMALL.head_dim * width * 4
+  assert plan.own == layers * 2 * batch * heads * SMALL.head_dim * width * 4
   assert len(plan.windows) * plan.steps == sample.last_stats['steps']
   for name, program in plan.programs.items():
     assert planned(program) == memory(run.programs[name]), name
   assert set(plan.programs) == {'weights', 'prefill', 'chunk'}
   # Each half of a layer's heads and MLP makes a summand.
   assert plan.programs['chunk'].received['all-reduce'] > 0
+  # A narrow window's caches are a copy beside the others; half the slots have copies of prompts.
+  assert plan.copies == max(plan.own * 64 // width, plan.own // 2 + plan.store)
+
+  # With half as many slots as completions, these are drawn in two rounds.
+  halved = dry_run.rollout(SMALL, dataclasses.replace(options, slots=4), mesh, rows)
+  assert halved.own * 2 == plan.own and halved.share == 0.5 and halved.store == plan.store
+  assert halved.windows == plan.windows * 2
 
 
 def test_bfloat16_counts_in_what_is_kept_and_not_in_what_is_compiled():
@@ -149,7 +155,7 @@ def test_bfloat16_counts_in_what_is_kept_and_not_in_what_is_compiled():
   options = sampler.SamplingOptions(max_tokens=8, group_size=2)
   wide, narrow = (dry_run.rollout(model, options, mesh, rows) for model in (
       dry_run.compiled_dtype(half, mesh), half))
-  assert narrow.own[-1] * 2 == wide.own[-1] and narrow.store * 2 == wide.store
+  assert narrow.own * 2 == wide.own and narrow.store * 2 == wide.store
   assert narrow.programs['chunk'].temporaries == wide.programs['chunk'].temporaries
 
 

@@ -30,13 +30,42 @@ def init_own(config, batch, capacity, dtype=None):
   return [tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(config.num_layers)]
 
 
-def grow(own, capacity):
-  """Own parts with room for `capacity` tokens, the old ones in front."""
-  def pad(array, axis):
-    widths = [(0, 0)] * 4
-    widths[axis] = (0, capacity - array.shape[axis])
-    return jnp.pad(array, widths)
-  return [(pad(key, 3), pad(value, 2)) for key, value in own]
+def select(own, window, take=None):
+  """Own parts of the rows that `take` picks of an array (None: all), the first `window` tokens."""
+  take = take or (lambda x: x)
+  return [(take(key[..., :window]), take(value[:, :, :window])) for key, value in own]
+
+
+def put_back(own, part, rows, start, steps):
+  """Copies the columns that `part`, from `select`, has got since into own parts.
+
+  Args:
+    own: list of (K, V), X * M rows.
+    part: list of (K, V), X * n rows, no wider. Of the same shape it takes the place of `own`.
+    rows: [X, n] int32; where in its shard of M rows each row of `part` belongs.
+    start: [X * n] int32; index of the first new column of each row; clamped, which only befalls
+      rows whose content no longer matters.
+    steps: new columns.
+  Returns:
+    The own parts.
+  """
+  def put(whole, one, axis):
+    width = one.shape[axis]
+    if one.shape == whole.shape:
+      return one
+    at = jnp.clip(start, 0, width - steps)
+    new = jax.vmap(lambda row, i: lax.dynamic_slice_in_dim(row, i, steps, axis - 1))(one, at)
+    numbers = lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3), inserted_window_dims=(0,),
+        scatter_dims_to_operand_dims=(0, axis))
+    scatter = jax.vmap(lambda shard, index, new: lax.scatter(
+        shard, index, new, numbers, unique_indices=True,
+        mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS))
+    split = lambda x: x.reshape(len(rows), -1, *x.shape[1:])
+    index = jnp.stack([rows, at.reshape(rows.shape)], axis=-1)
+    return scatter(split(whole), index, split(new)).reshape(whole.shape)
+  return [(put(key, new_key, 3), put(value, new_value, 2))
+          for (key, value), (new_key, new_value) in zip(own, part, strict=True)]
 
 
 def join(store, own):

@@ -58,13 +58,14 @@ def sample(logits, keys, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 def pick(weights, uniform, block=_BLOCK):
   """Draws an index per row in proportion to its weights: an inverse CDF in two levels.
 
-  One pass sums blocks, then only the chosen block is looked at. The index drawn is the last one
-  of positive weight whose cumulative weight before it does not pass the target; so rounding
-  never leaves the support.
+  One pass sums blocks and draws one of them, a second draw looks at that block alone. Either takes
+  the last entry of positive weight whose cumulative weight before it does not pass the target; so
+  rounding never leaves the support. Two numbers resolve what the 2^23 values of one would not, and
+  what is drawn depends on the rounding of V / block + block sums instead of V.
 
   Args:
     weights: [B, V] float32, not negative, with a positive sum.
-    uniform: [B] float32 in [0, 1).
+    uniform: [B, 2] float32 in [0, 1); for the block, and within it.
     block: entries per block; V need not be a multiple.
   Returns:
     index: [B] int32.
@@ -77,18 +78,18 @@ def pick(weights, uniform, block=_BLOCK):
   sums = blocks.sum(-1)  # [B, V / block]
   ends = jnp.cumsum(sums, axis=-1)
   total = ends[:, -1]
-  outer, before = _last_start(sums, ends, uniform * total)
+  outer = _last_start(sums, ends, uniform[:, 0] * total)
   row = jnp.take_along_axis(blocks, outer[:, None, None], axis=1)[:, 0]  # [B, block]
-  inner, _ = _last_start(row, jnp.cumsum(row, axis=-1), uniform * total - before)
+  inner_ends = jnp.cumsum(row, axis=-1)
+  inner = _last_start(row, inner_ends, uniform[:, 1] * inner_ends[:, -1])
   return outer * block + inner, total
 
 
 def _last_start(weights, ends, target):
-  """The last entry of positive weight that starts at or before target, and where it starts."""
+  """The last entry of positive weight that starts at or before target."""
   starts = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))  # [B, n]
   reached = (weights > 0) & (starts <= target[:, None])
-  index = jnp.where(reached, jnp.arange(weights.shape[1])[None, :], 0).max(-1).astype(jnp.int32)
-  return index, _at(starts, index)
+  return jnp.where(reached, jnp.arange(weights.shape[1])[None, :], 0).max(-1).astype(jnp.int32)
 
 
 def _draw_nucleus(scaled, kept, budget, keys):
@@ -102,7 +103,7 @@ def _draw_nucleus(scaled, kept, budget, keys):
     scaled: [B, V] float32; tempered logits, maximum 0.
     kept: [B, V] float32; weights to draw from, 0 where another filter dropped the token.
     budget: [B] float32; the nucleus's mass.
-    keys: [B]; one uniform number per round is made from each, whatever the other rows do.
+    keys: [B]; one pair of uniform numbers per round is made from each, whatever the other rows do.
   Returns:
     [B] int32.
   """
@@ -125,8 +126,8 @@ def _draw_nucleus(scaled, kept, budget, keys):
 
 
 def _uniform(keys, turn):
-  """[B] uniform numbers in [0, 1), the `turn`-th of each key."""
-  return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, turn)))(keys)
+  """[B, 2] uniform numbers in [0, 1), the `turn`-th pair of each key."""
+  return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, turn), (2,)))(keys)
 
 
 def _at(values, index):

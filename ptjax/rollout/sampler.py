@@ -1,5 +1,6 @@
 """Prompts in, completions out: compiled programs and the host loop between them."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -7,17 +8,16 @@ import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from ptjax import config as settings
 from ptjax import sharding
-from ptjax.models import cache
 from ptjax.rollout import decoding
+from ptjax.rollout import schedule
 from ptjax.rollout import stop
 
-_FIRST_WINDOW = 64  # tokens; windows double from here
+_CALLS_THAT_COMPILE = 8  # with prompts of one shape; from then on, what there is serves if it can
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ class SamplingOptions:
   stop_ids: tuple = ()  # any of these tokens ends a completion and stays in it
   stop_strings: tuple = ()  # a completion ends with the token that completes one of these
   mixture: tuple = ()  # exponents of several models' probabilities, summing to 1; (): one model
-  chunk: int = 16  # steps between two looks of the host; results do not depend on it
+  slots: int = 0  # completions decoded at once, 0 for all; results do not depend on it
+  chunk: int = 16  # steps between two looks of the host; nor on this
 
   def __post_init__(self):
     def check(name, good, expected):
@@ -44,6 +45,8 @@ class SamplingOptions:
     for name in ('max_tokens', 'group_size', 'chunk'):
       check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1,
             'a positive integer')
+    check('slots', isinstance(self.slots, int) and self.slots >= 0,
+          'a number of completions, 0 for all')
     check('temperature', 0 <= self.temperature < math.inf, 'a number, at least 0')
     check('top_k', isinstance(self.top_k, int) and self.top_k >= 0,
           'the number of tokens to keep, 0 for all')
@@ -79,31 +82,24 @@ def make_sampler(config, options, *, mesh=None, decode_text=None, gather_weights
   return Sampler(config, options, mesh, decode_text, gather_weights)
 
 
-def window_sizes(tokens):
-  """Capacities a completion's own cache grows through: 64, 128, ... and what holds `tokens`.
-
-  Attention costs as much as the window is wide, and every window is a compiled program.
-  """
-  last = max(8, -(-tokens // 8) * 8)
-  sizes = []
-  size = _FIRST_WINDOW
-  while size * 4 / 3 <= last:  # a window hardly smaller than the last is not worth a program
-    sizes.append(size)
-    size *= 2
-  return [*sizes, last]
-
-
 class Sampler:
   """Samples completions; keeps nothing between calls but compiled programs.
 
   Token t of a completion is drawn with `fold_in(key of (rollout key, prompt id, sample id), t)`,
-  so it is the same in any batch, order, padding, chunk, window or mesh, as far as the logits are
-  (they agree up to rounding, which rarely falls on a boundary).
+  so it is the same in any batch, order, slot, padding, chunk, window or mesh, as far as the logits
+  are (they agree up to rounding, which rarely falls on a boundary).
+
+  All prompts are run at once and their keys and values kept until the end, so that a free slot
+  takes the next completion without running the model. Where all completions have slots, a group
+  shares the one copy of its prompt's keys and values, until half of them are done; where they wait
+  for slots, and from then on, each chunk copies those of the completions it decodes.
 
   Attributes:
-    compilations: XLA programs compiled so far.
-    last_stats: of the last call: `chunks` and `steps` decoded, and `prefill_tokens` and
-      `decode_tokens` that count, without padding.
+    compilations: XLA programs compiled so far: three, and one for each number of slots and window
+      that was needed. After the first calls a larger one stands in for one that is not there.
+    last_stats: of the last call: `chunks` and `steps` decoded, `prefill_tokens` and
+      `decode_tokens` that count, without padding, and `busy_fraction`, the share of the slots'
+      steps that made one of those.
   """
 
   def __init__(self, config, options, mesh, decode_text, gather_weights):
@@ -114,17 +110,18 @@ class Sampler:
     self._decode_text = decode_text
     self._gather_weights = gather_weights
     self._programs = {}
+    self._calls = collections.Counter()  # by what programs are compiled for
     # Even chunks: 59 steps in chunks of at most 16 are 4 of 15, not 3 of 16 and one of 11.
     steps = options.max_tokens - 1  # the prefill draws the first token
     chunks = -(-steps // options.chunk)
     self._steps = -(-steps // chunks) if steps else 0
-    self._windows = window_sizes(chunks * self._steps)
+    self._windows = schedule.window_sizes(chunks * self._steps)
 
   @property
   def compilations(self):
     return len(self._programs)
 
-  def __call__(self, params, prompts, key):
+  def __call__(self, params, prompts, key, limits=None):
     """Samples `group_size` completions for each prompt.
 
     Args:
@@ -132,84 +129,104 @@ class Sampler:
       prompts: types.Prompts, NumPy or device arrays, equal on every process. Another P or S is
         another set of programs, so pad to few different ones.
       key: the rollout's PRNG key.
+      limits: [B] int, tokens after which each completion is cut; None: max_tokens for all.
     Returns:
       types.Rollouts, rows prompt-major, replicated over the mesh.
     Raises:
       UserError: an empty prompt, or one that leaves no room for max_tokens.
-      ValueError: sample_ids that are not [P, group_size].
+      ValueError: sample_ids that are not [P, group_size], or limits not in [1, max_tokens].
     """
     prompts = sharding.fetch(prompts)
-    self._check(prompts)
+    num_prompts = len(prompts.lengths)
+    if limits is None:
+      limits = np.full(num_prompts * self.options.group_size, self.options.max_tokens)
+    self._check(prompts, limits)
     params = list(params) if self.options.mixture else [params]
     if len(params) != max(1, len(self.options.mixture)):
       raise ValueError(f'{len(params)} models for a mixture of {len(self.options.mixture)}')
-    num_prompts = len(prompts.lengths)
     place = _placement(self.mesh, self.config, params)
     impl = jax.random.key_impl(key)
     # What programs are compiled for.
     params_shapes = (jax.tree.structure(params), *(
         (leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(params)))
-    run = functools.partial(self._run, (prompts.tokens.shape, impl, params_shapes))
+    shapes = prompts.tokens.shape, impl, params_shapes
+    run = functools.partial(self._run, shapes)
+    compiled = [name[1:] for name, others in self._programs
+                if name[0] == 'chunk' and others == shapes]
+    self._calls[shapes] += 1
 
-    def prefill(params, prompts, key_data):
-      store, own, slots = decoding.prefill(
+    prompts = self._fill_mesh(prompts)
+    limits = np.pad(limits, (0, prompts.sample_ids.size - len(limits))).astype(np.int32)
+    shards = self._shards()
+    per_shard = len(limits) // shards
+    slots = min(-(-self.options.slots // shards) or per_shard, per_shard)
+    everything = np.arange(len(limits), dtype=np.int32).reshape(shards, -1) % per_shard
+
+    def prefill(params, prompts, key_data, limits):
+      store, own, made = decoding.prefill(
           self.config, self.options, params, prompts,
-          jax.random.wrap_key_data(key_data, impl=impl), num_prompts=num_prompts,
-          steps=self._steps, capacity=self._windows[0])
-      return store, own, slots, self._status(slots, jnp.zeros_like(slots.length), 1)
+          jax.random.wrap_key_data(key_data, impl=impl), limits, slots=shards * slots,
+          steps=self._steps, capacity=self._windows[-1])
+      return store, own, made, self._status(made, 0 * limits, everything, 1)
 
     weights = self._run(
         params_shapes, 'weights',
         lambda params: [decoding.decode_weights(self.config, tree) for tree in params], params,
         out=None if self.mesh is None else [self._weight_shardings(tree) for tree in params])
     # The key crosses as data: a typed key cannot be made global from each process's copy.
-    store, own, slots, status = run(
-        'prefill', prefill, params, sharding.put(self._fill_mesh(prompts), place.whole),
+    store, own, made, status = run(
+        'prefill', prefill, params, sharding.put(prompts, place.whole),
         sharding.put(np.asarray(jax.random.key_data(key)), place.whole),
-        out=(place.kv, place.kv, place.rows, place.whole))
-    slots, cuts, stats = self._decode(run, place, weights, store, own, slots, status)
-    self.last_stats = {**stats, 'prefill_tokens': int(prompts.lengths.sum())}
+        sharding.put(limits, place.rows), out=(place.kv, place.kv, place.rows, place.whole))
+    made, cuts = self._decode(
+        run, place, weights, store, own, made, status, everything,
+        schedule.Schedule(shards, per_shard, slots, self._windows, self._steps,
+                          compiled if self._calls[shapes] > _CALLS_THAT_COMPILE else ()))
+    self.last_stats['prefill_tokens'] = int(prompts.lengths[:num_prompts].sum())
     return run('finish', functools.partial(decoding.finish, self.options, num_prompts=num_prompts),
-               slots, cuts, out=place.whole)
+               made, cuts, out=place.whole)
 
-  def _decode(self, run, place, weights, store, own, slots, status):
-    """Decodes chunk by chunk until every slot is done; returns slots, cuts and statistics."""
-    def chunk(weights, store, own, slots, cuts):
-      start = slots.length
-      own, slots = decoding.run_chunk(
-          self.config, self.options, weights, store, own, slots, cuts, steps=self._steps)
-      return own, slots, self._status(slots, start, self._steps)
+  def _decode(self, run, place, weights, store, own, made, status, rows, plan):
+    """Decodes chunk by chunk until every completion is done; returns them and their cuts."""
+    def chunk(window, weights, store, own, made, cuts, slots, rows):
+      start = made.length
+      own, made = decoding.run_chunk(
+          self.config, self.options, weights, store, own, made, cuts, slots, rows,
+          steps=self._steps, window=window)
+      return own, made, self._status(made, start, rows, self._steps)
 
     max_tokens = self.options.max_tokens
-    cuts = np.full(slots.length.shape, max_tokens + 1, np.int32)
+    cuts = np.full(made.length.shape, max_tokens + 1, np.int32)
     placed_cuts = sharding.put(cuts, place.rows)
     watch = None
     if self.options.stop_strings:
       watch = stop.StopStrings(
           self.options.stop_strings, self._decode_text, len(cuts), max_tokens)
-    window, chunks = self._windows[0], 0
+    chunks, slot_steps = 0, 0
     while True:
       # The one wait for the device. The status is replicated, so every process decides alike.
       status = jax.device_get(status)
       if watch:
-        watch.feed(status['tokens'], status['length'], status['done'])
+        shards, per_shard = len(rows), len(cuts) // len(rows)
+        watch.feed((rows + per_shard * np.arange(shards)[:, None]).reshape(-1), status['tokens'],
+                   status['length'], status['done'])
         cuts = watch.cuts
         placed_cuts = sharding.put(cuts, place.rows)
-      if (status['done'] | (cuts <= max_tokens)).all():
+      turn = plan.turn(status['length'], status['done'] | (cuts <= max_tokens))
+      if turn is None:
         break
-      needed = (chunks + 1) * self._steps
-      if needed > window:
-        window = next(size for size in self._windows if size >= needed)
-        own = run(('grow', window),
-                  lambda own, window=window: [cache.grow(one, window) for one in own], own,
-                  out=place.kv)
-      own, slots, status = run(
-          ('chunk', window), chunk, weights, store, own, slots, placed_cuts,
-          out=(place.kv, place.rows, place.whole), donate=(2, 3))
+      rows = turn.rows
+      own, made, status = run(
+          ('chunk', rows.size, turn.window), functools.partial(chunk, turn.window),
+          weights, store, own, made, placed_cuts, sharding.put(turn.slots, place.rows),
+          sharding.put(rows, place.rows), out=(place.kv, place.rows, place.whole), donate=(2, 3))
       chunks += 1
-    return slots, placed_cuts, {
-        'chunks': chunks, 'steps': chunks * self._steps,
-        'decode_tokens': int(np.minimum(status['length'], cuts).sum())}
+      slot_steps += rows.size * self._steps
+    lengths = np.minimum(status['length'], cuts)
+    self.last_stats = {
+        'chunks': chunks, 'steps': chunks * self._steps, 'decode_tokens': int(lengths.sum()),
+        'busy_fraction': float(np.maximum(lengths - 1, 0).sum() / max(1, slot_steps))}
+    return made, placed_cuts
 
   def _run(self, shapes, name, function, *args, out, donate=()):
     """Calls the program `name` for `shapes`; compiles `function` when it is first needed."""
@@ -221,20 +238,24 @@ class Sampler:
         self._programs[name, shapes] = jitted.lower(*args).compile()
     return self._programs[name, shapes](*args)
 
-  def _status(self, slots, start, steps):
+  def _status(self, made, start, rows, steps):
     """What the host looks at between chunks, as few numbers as will do."""
-    status = {'done': slots.done, 'length': slots.length}
+    status = {'done': made.done, 'length': made.length}
     if self.options.stop_strings:
-      status['tokens'] = decoding.newest(slots, start, steps)
+      status['tokens'] = decoding.newest(made, start, rows, steps)
     return status
 
-  def _check(self, prompts):
+  def _check(self, prompts, limits):
     """Finds what would silently go wrong on the device."""
     lengths = prompts.lengths
     expected = (len(lengths), self.options.group_size)
     if prompts.sample_ids.shape != expected:
       raise ValueError(f'sample_ids of shape {prompts.sample_ids.shape}; expected one per '
                        f'completion, [P, group_size] = {expected}')
+    if np.shape(limits) != (prompts.sample_ids.size,) or not (
+        1 <= np.min(limits) and np.max(limits) <= self.options.max_tokens):
+      raise ValueError(f'limits={limits}: expected a number from 1 to {self.options.max_tokens} '
+                       f'for each of {prompts.sample_ids.size} completions')
     if lengths.min() < 1:
       raise settings.UserError(f'the prompt of row {prompts.ids[lengths.argmin()]} has no '
                                'tokens; a model needs at least one, e.g. a BOS token')
@@ -245,10 +266,12 @@ class Sampler:
           f'max_tokens={self.options.max_tokens} do not fit into the {self.config.max_length} '
           'positions of the model; lower one of the two limits')
 
+  def _shards(self):
+    return 1 if self.mesh is None else sharding.batch_size(self.mesh)
+
   def _fill_mesh(self, prompts):
     """Repeats the first prompt until the prompts divide over the mesh."""
-    parts = 1 if self.mesh is None else sharding.batch_size(self.mesh)
-    missing = -len(prompts.lengths) % parts
+    missing = -len(prompts.lengths) % self._shards()
     return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[:1], missing, 0)]), prompts)
 
   def _weight_shardings(self, params):

@@ -36,18 +36,20 @@ class StopStrings:
     self._clean = [0] * rows  # tokens whose text is known to hold no stop string
     self._uncut = max_tokens + 1
 
-  def feed(self, tokens, lengths, done):
+  def feed(self, rows, tokens, lengths, done):
     """Takes the newest tokens and updates `cuts`.
 
     Args:
-      tokens: [B, K] int; the newest tokens, of which a completion that ended uses the first ones.
+      rows: [n] int; the completions that may have grown.
+      tokens: [n, K] int; their newest tokens; one that ended uses the first ones.
       lengths: [B] int; tokens of each completion so far, the newest included.
       done: [B] bool; True where no more will come.
     """
-    for row, ids in enumerate(self._ids):
+    for row, newest in zip(rows, tokens):
+      ids = self._ids[row]
       if self.cuts[row] != self._uncut:
         continue
-      fresh = tokens[row, :lengths[row] - len(ids)].tolist()
+      fresh = newest[:lengths[row] - len(ids)].tolist()
       before = len(ids)
       ids.extend(fresh)
       looks = [n for n in range(before + 1, len(ids) + 1) if n % _CHECK_EVERY == 0]

@@ -23,7 +23,7 @@ def cuts(texts, strings, *, chunk, max_tokens=40, decode_text=decode):
   for start in range(0, max(map(len, ids)), chunk):
     lengths = np.array([min(len(row), start + chunk) for row in ids])
     tokens = np.array([(row + [99] * 100)[min(start, len(row)):][:chunk] for row in ids])
-    watch.feed(tokens, lengths, lengths == [len(row) for row in ids])
+    watch.feed(np.arange(len(ids)), tokens, lengths, lengths == [len(row) for row in ids])
   return watch.cuts.tolist()
 
 
@@ -55,7 +55,7 @@ def test_finished_completions_are_not_decoded_again():
     calls.append(len(ids))
     return decode(ids)
   watch = stop.StopStrings(('zz',), counting, 1, 40)
-  watch.feed(np.array([encode('abc')]), np.array([3]), np.array([True]))
+  watch.feed([0], np.array([encode('abc')]), np.array([3]), np.array([True]))
   before = len(calls)
-  watch.feed(np.array([[5, 5, 5]]), np.array([3]), np.array([True]))
+  watch.feed([0], np.array([[5, 5, 5]]), np.array([3]), np.array([True]))
   assert before and len(calls) == before

@@ -246,6 +246,10 @@ def _check_rollouts(plan, recipe):
   if plan.extra_rollouts and recipe.draw is not recipes.own_samples:
     raise settings.UserError(f'rollout.extra_rollouts={plan.extra_rollouts}: {name} does not train '
                              'on its own samples alone, so no group of them can be replaced')
+  overlap = plan.config.rewards.overlap
+  if overlap > 1 and recipe.draw is not recipes.own_samples:
+    raise settings.UserError(f'rewards.overlap={overlap}: {name} does not train on its own samples '
+                             'alone, which are drawn in one part; set it to 1')
   longest = plan.config.rollout.max_completion_tokens
   if not 0 <= plan.overlong_tokens <= longest:
     raise settings.UserError(

@@ -37,6 +37,7 @@ def parse(argv=None):
                         ('mlp', 1024), ('vocab', 2048), ('prompts', 8), ('group', 8),
                         ('prompt', 32), ('completion', 64), ('steps', 12)):
     parser.add_argument(f'--{name}', type=int, default=default)
+  parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS))
   return parser.parse_args(argv)
 
 
@@ -116,9 +117,9 @@ def main(argv=None):
   with tempfile.TemporaryDirectory(prefix='bench_stages_') as folder:
     folder = pathlib.Path(folder)
     prepare(options, folder)
-    rows = [run(name, options, folder) for name in ARMS]
+    rows = [run(name, options, folder) for name in options.arms]
   print(f'{"":26}' + ''.join(f'{title:>11}' for title in (
-      'step s', *STAGES, 'overhead', 'times grpo')))
+      'step s', *STAGES, 'overhead', 'times first')))
   for row in rows:
     print(f'{row["name"]:26}' + ''.join(f'{row[key]:11.3f}' for key in ('step_seconds', *STAGES))
           + f'{row["overhead"]:11.1%}{row["step_seconds"] / rows[0]["step_seconds"]:11.2f}')

@@ -1,5 +1,6 @@
 """What a rollout becomes on its way to a batch, with samplers and tokenizers made by hand."""
 
+import threading
 import types as python_types
 
 import jax
@@ -55,11 +56,12 @@ def sampler(start):
 
 def collect(recipe, reward=None, **options):
   rewards = None if reward is None else combine.load([reward])
+  samplers = {'policy': sampler(0), 'mixture': sampler(5), 'reference': sampler(5),
+              'teacher': sampler(7)}
   collector = experience.Collector(
-      door=Door(), samplers={'policy': sampler(0), 'mixture': sampler(5), 'reference': sampler(5),
-                             'teacher': sampler(7)},
-      tokenizer=TOKENIZER, reward_set=rewards, rollout=settings.RolloutSettings(), seed=0,
-      recipe=recipes.RECIPES[recipe], **{'estimator': None, **options})
+      door=Door(), tokenizer=TOKENIZER, reward_set=rewards, rollout=settings.RolloutSettings(),
+      seed=0, recipe=recipes.RECIPES[recipe],
+      **{'samplers': samplers, 'estimator': None, **options})
   return collector('params', 0)
 
 
@@ -120,6 +122,25 @@ def test_the_overlong_penalty_does_not_make_a_group_worth_training_on():
   found = collect('own samples', lambda prompts, completions, **columns: [1.0] * len(completions),
                   estimator=advantage.group_centred, overlong_tokens=2, extra_rollouts=1)
   assert found.metrics['resampling/vacant_groups'] == P
+
+
+def test_a_part_is_scored_while_the_next_is_drawn():
+  """Scoring a part and drawing the next wait for each other: one after the other neither ends."""
+  meeting, prompts = threading.Barrier(2, timeout=30), []
+  def reward(prompts, completions, number, **columns):
+    if P - 1 not in number:  # the last part has nothing to be scored beside
+      meeting.wait()
+    return last_digit(prompts, completions)
+  def draw(params, drawn, key):
+    prompts.append(drawn.ids.tolist())
+    if len(prompts) > 1:
+      meeting.wait()
+    return sampler(0)(params, drawn, key)
+  samplers = {'policy': draw}
+  found = collect('own samples', reward, samplers=samplers, overlap=P,
+                  estimator=advantage.group_centred)
+  assert prompts == [[0], [1], [2]] and not meeting.broken
+  np.testing.assert_array_equal(found.batch.inputs['advantages'], [-0.5, 0.5] * P)
 
 
 def test_a_controllers_factor_reaches_the_advantage():

@@ -165,9 +165,10 @@ def forward(config, params, tokens, positions, attend, *, caches=None, scan=None
 
 
 def head_kernel(config, params):
-  """The output projection [width, vocab], split over the vocabulary only.
+  """The output projection as it is stored, split over the vocabulary only.
 
-  Made once outside a loop over chunks, it is gathered once.
+  Made once outside a loop over chunks, it is gathered once. [width, vocab]; of tied embeddings
+  [vocab, width], for a transposed copy would be as large as the embeddings, and its gradient too.
 
   Raises:
     ValueError: the model has a score head instead.
@@ -175,8 +176,9 @@ def head_kernel(config, params):
   if config.num_labels:
     raise ValueError(f'a model with a score head ({config.num_labels} labels) has no vocabulary '
                      'head; load it as a language model to have its log-probs')
-  kernel = params['embed']['embedding'].T if config.tie_embeddings else params['head']['kernel']
-  return nn.with_logical_constraint(kernel, (None, 'vocab'))
+  if config.tie_embeddings:
+    return nn.with_logical_constraint(params['embed']['embedding'], ('vocab', None))
+  return nn.with_logical_constraint(params['head']['kernel'], (None, 'vocab'))
 
 
 def logits(config, params, hidden):
@@ -185,7 +187,8 @@ def logits(config, params, hidden):
 
 
 def project(config, kernel, hidden):
-  """`logits` with the kernel at hand."""
+  """`logits` with the kernel from `head_kernel` at hand."""
+  kernel = kernel.T if config.tie_embeddings else kernel
   flat = hidden.reshape(-1, config.width)
   out = layers.product(flat, kernel, config.dtype).reshape(*hidden.shape[:-1], -1)
   if config.logit_softcap is not None:

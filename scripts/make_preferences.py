@@ -20,13 +20,12 @@ itself is written at the end, whole or not at all.
 """
 
 import contextlib
-import functools
 import json
-import os
 import pathlib
 import sys
 
 from absl import flags
+import script_main
 import tqdm
 
 from ptjax import config as settings
@@ -120,7 +119,6 @@ def draw(options, rows):
   from ptjax import asking
   from ptjax import assembly
   from ptjax import keys
-  from ptjax import sharding
   from ptjax.rollout import sampler
 
   pairing.require(rows, ('prompt', 'completion') if options.pairs == 'endings' else ('prompt',),
@@ -136,9 +134,7 @@ def draw(options, rows):
   if len(done) == len(rows):
     file.close()
     return done
-  assembly.use_compile_cache('auto')
-  mesh = sharding.make_mesh('')
-  params = policy.load(functools.partial(sharding.tree_sharding, mesh))
+  mesh, params = script_main.load_weights(policy)
   with contextlib.ExitStack() as stack:
     stack.enter_context(file)
     if rewards is not None:
@@ -218,41 +214,21 @@ def open_samples(options, path):
   return {}, file
 
 
-def write(path, rows):
-  """Writes the pairs: a reader, or a kill, sees the file whole or not at all."""
-  temporary = path.with_name(f'.{path.name}.tmp')
-  with open(temporary, 'w', encoding='utf-8') as file:
-    for row in rows:
-      file.write(json.dumps(row, ensure_ascii=False) + '\n')
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+def make(options):
+  """Makes the pairs and writes them."""
+  out = script_main.output(options.out)
+  pairs = make_pairs(options, load_rows(options))
+  if not pairs.rows:
+    hint = '' if options.pairs in ('labels', 'scored') else (
+        '; samples that --max_completion_tokens cut take no part without --keep_truncated')
+    raise settings.UserError(f'{options.dataset}: no pairs: {pairs}{hint}')
+  script_main.write_rows(out, pairs.rows)
+  print(f'{out}: {pairs}')
 
 
 def main(argv):
   """Runs the script; returns the exit code."""
-  options = define_flags()
-  try:
-    if any(argument in ('--help', '-h', '--helpfull') for argument in argv[1:]):
-      print(f'{__doc__}\nFlags:\n{options.get_help()}')
-      return 0
-    rest = options(argv)[1:]
-    if rest:
-      raise settings.UserError(f'unexpected argument {rest[0]!r}; flags start with --')
-    out = pathlib.Path(options.out)
-    if not out.absolute().parent.is_dir():
-      raise settings.UserError(f'--out={out}: no such folder {out.absolute().parent}')
-    pairs = make_pairs(options, load_rows(options))
-    if not pairs.rows:
-      hint = '' if options.pairs in ('labels', 'scored') else (
-          '; samples that --max_completion_tokens cut take no part without --keep_truncated')
-      raise settings.UserError(f'{options.dataset}: no pairs: {pairs}{hint}')
-    write(out, pairs.rows)
-    print(f'{out}: {pairs}')
-    return 0
-  except (settings.UserError, flags.Error) as error:
-    print(f'make_preferences: {error}', file=sys.stderr)
-    return 2
+  return script_main.run('make_preferences', __doc__, define_flags(), argv, make)
 
 
 if __name__ == '__main__':

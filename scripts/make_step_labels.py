@@ -16,14 +16,11 @@ Labelling samples from a language model and what trains on it is a score head, s
 its own and no door of the launcher.
 """
 
-import functools
-import json
-import os
-import pathlib
 import sys
 
 from absl import flags
 import numpy as np
+import script_main
 
 from ptjax import config as settings
 from ptjax.data import sources
@@ -108,7 +105,6 @@ def run(options):
   from ptjax import asking
   from ptjax import assembly
   from ptjax import keys
-  from ptjax import sharding
   from ptjax.evaluation import tasks
   from ptjax.rewards import combine
   from ptjax.rollout import sampler
@@ -121,9 +117,7 @@ def run(options):
   config = settings.Config(model=options.model, dataset=options.dataset, seed=options.seed,
                            model_settings=settings.ModelSettings(dtype=options.dtype))
   policy = assembly.load_policy(config)
-  assembly.use_compile_cache('auto')
-  mesh = sharding.make_mesh('')
-  params = policy.load(functools.partial(sharding.tree_sharding, mesh))
+  mesh, params = script_main.load_weights(policy)
 
   def draw(prompts, count, use):
     drawing = sampler.SamplingOptions(
@@ -189,33 +183,21 @@ def _load_rows(options):
   return rows
 
 
+def make(options):
+  """Labels the solutions and writes them."""
+  out = script_main.output(options.out)
+  rows, left_out = run(options)
+  if not rows:
+    raise settings.UserError(f'{options.dataset}: no solution with steps, or all of them too long')
+  script_main.write_rows(out, rows)
+  values = [label for row in rows for label in row['labels']]
+  print(f'{out}: {len(rows)} solutions, {len(values)} steps, mean label {np.mean(values):.3f}; '
+        f'{left_out} solutions left out')
+
+
 def main(argv):
   """Runs the script; returns the exit code."""
-  options = define_flags()
-  try:
-    if any(argument in ('--help', '-h', '--helpfull') for argument in argv[1:]):
-      print(f'{__doc__}\nFlags:\n{options.get_help()}')
-      return 0
-    rest = options(argv)[1:]
-    if rest:
-      raise settings.UserError(f'unexpected argument {rest[0]!r}; flags start with --')
-    out = pathlib.Path(options.out)
-    if not out.absolute().parent.is_dir():
-      raise settings.UserError(f'--out={out}: no such folder {out.absolute().parent}')
-    rows, left_out = run(options)
-    if not rows:
-      raise settings.UserError(f'{options.dataset}: no solution with steps, or all of them too long')
-    temporary = out.with_name(f'.{out.name}.tmp')
-    temporary.write_text(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows),
-                         encoding='utf-8')
-    os.replace(temporary, out)
-    values = [label for row in rows for label in row['labels']]
-    print(f'{out}: {len(rows)} solutions, {len(values)} steps, mean label {np.mean(values):.3f}; '
-          f'{left_out} solutions left out')
-    return 0
-  except (settings.UserError, flags.Error) as error:
-    print(f'make_step_labels: {error}', file=sys.stderr)
-    return 2
+  return script_main.run('make_step_labels', __doc__, define_flags(), argv, make)
 
 
 if __name__ == '__main__':

@@ -12,12 +12,12 @@ import pathlib
 import sys
 
 from absl import flags
+import script_main
 
 from ptjax import asking
 from ptjax import assembly
 from ptjax import config as settings
 from ptjax import keys
-from ptjax import sharding
 from ptjax.rollout import sampler
 
 
@@ -69,9 +69,7 @@ def run(options):
 
   policy = assembly.load_policy(settings.Config(
       model=options.model, model_settings=settings.ModelSettings(dtype=options.dtype)))
-  assembly.use_compile_cache('auto')
-  mesh = sharding.make_mesh('')
-  params = policy.load(functools.partial(sharding.tree_sharding, mesh))
+  mesh, params = script_main.load_weights(policy)
   max_tokens = min(options.max_tokens, policy.config.max_length)
   log_likelihood = asking.make_log_likelihood(
       policy, mesh, max_tokens=max_tokens, batch_size=options.batch_size)
@@ -85,26 +83,19 @@ def run(options):
       task_manager=tasks.TaskManager(include_path=options.include_path))
 
 
+def report(options):
+  """Runs the tasks, prints the table and writes the results."""
+  results = run(options)
+  from lm_eval import utils
+  print(utils.make_table(results))
+  if options.out:
+    text = json.dumps(results['results'], indent=2, default=str)
+    pathlib.Path(options.out).write_text(text + '\n', encoding='utf-8')
+
+
 def main(argv):
   """Runs the script; returns the exit code."""
-  options = define_flags()
-  try:
-    if any(argument in ('--help', '-h', '--helpfull') for argument in argv[1:]):
-      print(f'{__doc__}\nFlags:\n{options.get_help()}')
-      return 0
-    rest = options(argv)[1:]
-    if rest:
-      raise settings.UserError(f'unexpected argument {rest[0]!r}; flags start with --')
-    results = run(options)
-    from lm_eval import utils
-    print(utils.make_table(results))
-    if options.out:
-      text = json.dumps(results['results'], indent=2, default=str)
-      pathlib.Path(options.out).write_text(text + '\n', encoding='utf-8')
-    return 0
-  except (settings.UserError, flags.Error) as error:
-    print(f'run_lm_eval: {error}', file=sys.stderr)
-    return 2
+  return script_main.run('run_lm_eval', __doc__, define_flags(), argv, report)
 
 
 if __name__ == '__main__':

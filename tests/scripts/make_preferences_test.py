@@ -1,35 +1,20 @@
 """Pairs made by the script: each kind, an interrupted run taken up again, unusable requests."""
 
-import importlib.util
 import json
 import pathlib
 
-import jax
 import numpy as np
 import pytest
 
 from ptjax import asking
-from ptjax import assembly
-from ptjax import sharding
 from ptjax.data import sonnets
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'make_preferences.py'
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 @pytest.fixture(scope='module')
-def script():
-  spec = importlib.util.spec_from_file_location('make_preferences', SCRIPT)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  """Sampling on one device; the user's cache of programs is left alone."""
-  make_mesh = sharding.make_mesh
-  monkeypatch.setattr(sharding, 'make_mesh', lambda text='': make_mesh(text, jax.devices()[:1]))
-  monkeypatch.setattr(assembly, 'use_compile_cache', lambda folder: None)
+def script(load_script):
+  return load_script('make_preferences')
 
 
 def run(script, *arguments, **flags):

@@ -1,15 +1,11 @@
 """Step labels made by the script, and a process reward model that trains on them."""
 
-import importlib.util
 import json
 import pathlib
 import sys
 
-import jax
 import pytest
 
-from ptjax import assembly
-from ptjax import sharding
 from ptjax.data import stepwise
 from ptjax.data import tokenizer as tokenizers
 
@@ -23,22 +19,12 @@ def even(prompts, completions, **columns):
   return [float(len(text) % 2 == 0) for text in completions]
 '''
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 
 @pytest.fixture(scope='module')
-def script():
-  spec = importlib.util.spec_from_file_location(
-      'make_step_labels', ROOT / 'scripts' / 'make_step_labels.py')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  """Sampling on one device; the user's cache of programs is left alone."""
-  make_mesh = sharding.make_mesh
-  monkeypatch.setattr(sharding, 'make_mesh', lambda text='': make_mesh(text, jax.devices()[:1]))
-  monkeypatch.setattr(assembly, 'use_compile_cache', lambda folder: None)
+def script(load_script):
+  return load_script('make_step_labels')
 
 
 def test_labels_by_hand(script):

@@ -1,8 +1,6 @@
 """lm-evaluation-harness over a real model, on local tasks of two kinds."""
 
-import importlib.util
 import json
-import pathlib
 import sys
 
 import pytest
@@ -10,7 +8,6 @@ import pytest
 from ptjax import assembly
 from ptjax import evaluation
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'run_lm_eval.py'
 ROWS = [{'q': 'Once upon a time, there was a little', 'choices': ['park', 'girl'], 'label': 1},
         {'q': 'Lily wanted to play', 'choices': ['outside', 'very'], 'label': 0}]
 TASK = """
@@ -25,11 +22,8 @@ doc_to_text: q
 
 
 @pytest.fixture(scope='module')
-def script():
-  spec = importlib.util.spec_from_file_location('run_lm_eval', SCRIPT)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+def script(load_script):
+  return load_script('run_lm_eval')
 
 
 @pytest.mark.slow

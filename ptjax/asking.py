@@ -28,14 +28,7 @@ def make_log_likelihood(policy, mesh, *, max_tokens, batch_size=64):
         policy.config, params, batch.prompt_tokens, batch.prompt_lengths, batch.tokens,
         with_entropy=False)
 
-  ask = _compiled(forward, mesh)
-  options = _options(policy, mesh, max_tokens, batch_size)
-
-  def log_likelihood(params, prompts, completions, *, end=False):
-    return likelihood.make_log_likelihood(
-        lambda batch: ask(params, batch), policy.tokenizer, **options)(
-            prompts, completions, end=end)
-  return log_likelihood
+  return _asks(likelihood.make_log_likelihood, forward, policy, mesh, max_tokens, batch_size)
 
 
 def make_score(policy, mesh, *, max_tokens, batch_size=64):
@@ -48,14 +41,7 @@ def make_score(policy, mesh, *, max_tokens, batch_size=64):
         policy.config, params, batch.prompt_tokens, batch.prompt_lengths, batch.tokens,
         loss_mask=batch.loss_mask)}
 
-  ask = _compiled(forward, mesh)
-  options = _options(policy, mesh, max_tokens, batch_size)
-
-  def score(params, prompts, completions, *, ids=None):
-    return likelihood.make_score(
-        lambda batch: ask(params, batch), policy.tokenizer, **options)(
-            prompts, completions, ids=ids)
-  return score
+  return _asks(likelihood.make_score, forward, policy, mesh, max_tokens, batch_size)
 
 
 def make_step_scores(policy, mesh, *, max_tokens, batch_size=64):
@@ -64,14 +50,8 @@ def make_step_scores(policy, mesh, *, max_tokens, batch_size=64):
     return {'step_logits': policy_model.token_scores(
         policy.config, params, batch.prompt_tokens, batch.prompt_lengths, batch.tokens)}
 
-  ask = _compiled(forward, mesh)
-  options = _options(policy, mesh, max_tokens, batch_size)
-  del options['end_ids']  # solutions end with their last step
-
-  def step_scores(params, prompts, solutions):
-    return likelihood.make_step_scores(
-        lambda batch: ask(params, batch), policy.tokenizer, **options)(prompts, solutions)
-  return step_scores
+  return _asks(likelihood.make_step_scores, forward, policy, mesh, max_tokens, batch_size,
+               end_ids=None)  # solutions end with their last step
 
 
 def sample(policy, params, mesh, rows, options, *, max_prompt_tokens, key, overlong='drop',
@@ -132,12 +112,22 @@ def _continuation(tokenizer, prompt, tokens):
   return whole[len(before):] if whole.startswith(before) else decode(tokens.tolist())
 
 
-def _options(policy, mesh, max_tokens, batch_size):
+def _asks(make, forward, policy, mesh, max_tokens, batch_size, **others):
+  """Returns `f(params, *texts, **more)`: what `make` of evaluation.likelihood says of texts.
+
+  `others` replace options of `make`; None leaves one out.
+  """
   if policy.config.position == 'learned' and max_tokens > policy.config.max_length:
     raise settings.UserError(f'evaluation: texts of up to {max_tokens} tokens, but the model has '
                              f'{policy.config.max_length} positions')
-  return {'end_ids': policy.stop_ids, 'max_tokens': max_tokens, 'batch_size': batch_size,
-          'multiple': sharding.batch_size(mesh)}
+  options = {'end_ids': policy.stop_ids, 'max_tokens': max_tokens, 'batch_size': batch_size,
+             'multiple': sharding.batch_size(mesh), **others}
+  options = {name: value for name, value in options.items() if value is not None}
+  ask = _compiled(forward, mesh)
+
+  def call(params, *texts, **more):
+    return make(lambda batch: ask(params, batch), policy.tokenizer, **options)(*texts, **more)
+  return call
 
 
 def _compiled(forward, mesh):

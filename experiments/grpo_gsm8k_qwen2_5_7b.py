@@ -22,7 +22,7 @@ def get_config():
       model_settings=config.ModelSettings(dtype='bfloat16', param_dtype='float32', remat='full'),
       data=config.DataSettings(max_prompt_tokens=256),
       rollout=config.RolloutSettings(num_prompts=128, group_size=8, max_completion_tokens=1024),
-      training=config.TrainingSettings(steps=200, mini_batches=2, micro_batches=8),
+      training=config.TrainingSettings(steps=200, mini_batches=2, micro_batches=4),
       optimizer=config.OptimizerSettings(learning_rate=1e-6, warmup_steps=10, beta2=0.99),
       checkpoint=config.CheckpointSettings(every_steps=25),
       eval=config.EvaluationSettings(

@@ -27,6 +27,8 @@ import time
 
 import bench_common
 
+sys.path.insert(0, str(bench_common.HERE.parent))  # the repository beside it, not an installed one
+
 COMPARISONS = ('prompt', 'lengths', 'head', 'remat', 'compile')
 PEERS = {'hf': 'bench_peer_hf_update.py', 'none': None}
 

@@ -144,6 +144,16 @@ def test_only_means_over_tokens_are_packed(algo, packs):
   assert plan_of('data.packing=false', algo=algo).packs == (algo == 'cpt')
 
 
+@pytest.mark.parametrize('algo, packs', [
+    ('grpo', True), ('ppo', True), ('luffy', True), ('opd', True), ('dpo', True),
+    ('sdpo', False),  # its teacher reads other prompts
+    ('reward_bt', False), ('prm', False),  # heads that read whole rows
+    ('sft', False), ('kd', False)])  # packed as examples already, or answered by the policy
+def test_completions_share_rows_where_the_forward_pass_allows(algo, packs):
+  assert plan_of(algo=algo).packs_completions == packs
+  assert not plan_of('data.packing=false', algo=algo).packs_completions
+
+
 def test_a_users_own_loss_may_look_at_rows_and_is_not_packed(tmp_path):
   name = loss_file(tmp_path, 'def loss(log_probs, *, loss_mask): return log_probs.sum(), {}')
   plan = plan_of(algo=name)

@@ -104,15 +104,16 @@ def _group(line):
   listed = re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', line)
   if listed:  # {{0,1},{2,3}}
     return np.array([int(i) for i in listed[1].split(',')])
-  iota = re.search(r'replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line)
+  iota = re.search(r'replica_groups=\[\d+,(\d+)\]<=(\S*)', line)
   if iota:  # [2,4]<=[8]: 2 groups of 4; [4,2]<=[2,4]T(1,0): of the transposed numbers
-    sizes = [int(i) for i in iota[2].split(',')]
-    order = [int(i) for i in iota[3].split(',')] if iota[3] else range(len(sizes))
-    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1)[:int(iota[1])]
-  named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)  # axes by name
+    return _iota(iota[2])[:int(iota[1])]
+  # Axes by name: mesh['a'=2,'b'=4] {'b'}; the devices of the mesh may come in another order.
+  named = re.search(
+      r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S*)\))? \{([^}]*)\}", line)
   sizes = [(name, int(size)) for name, size in re.findall(r"('[^']+')=(\d+)", named[1])]
-  devices = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
-  taking = {name: split for name, *split in re.findall(r"('[^']+')(?::\((\d+)\)(\d+))?", named[2])}
+  count = math.prod(size for _, size in sizes)
+  devices = _iota(named[2] or f'[{count}]').reshape([size for _, size in sizes])
+  taking = {name: split for name, *split in re.findall(r"('[^']+')(?::\((\d+)\)(\d+))?", named[3])}
   chosen = []
   for name, size in sizes:
     if name not in taking:
@@ -123,3 +124,11 @@ def _group(line):
     else:
       chosen.append(range(size))
   return devices[np.ix_(*chosen)].reshape(-1)
+
+
+def _iota(text):
+  """Reads [2,4]T(1,0): the numbers 0 to 7 as [2, 4], transposed, in a row."""
+  sizes, order = re.match(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', text).groups()
+  sizes = [int(i) for i in sizes.split(',')]
+  order = [int(i) for i in order.split(',')] if order else range(len(sizes))
+  return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1)

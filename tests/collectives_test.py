@@ -72,6 +72,8 @@ def test_every_notation_is_read(line, kind, size):
     ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
     ("replica_groups=mesh['a'=8,'b'=2] {'a':(2)4}", [0, 2, 4, 6]),
     ("replica_groups=mesh['a'=8,'b'=2] {'a':(1)2}", [0, 8]),
+    ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", [0, 1, 2, 3]),
+    ("replica_groups=mesh['a'=4,'b'=2], device_ids=([8]) {'b','a'}", [0, 1, 2, 3, 4, 5, 6, 7]),
     ('source_target_pairs={{0,7},{7,0}}', [0, 7])])
 def test_who_takes_part_is_read(groups, devices):
   assert collectives._group(f'%a = f32[5]{{0}} all-gather(%x), {groups}').tolist() == devices

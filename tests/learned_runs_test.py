@@ -111,7 +111,7 @@ def _likes_sevens(question, attempt):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('algo', ['nash_md', 'rlaif'])
+@pytest.mark.parametrize('algo', ['nash_md', 'rlaif', 'online_dpo'])
 def test_a_judge_over_http_teaches(trained, compile_cache, algo):
   with endpoints.serve(_likes_sevens) as (url, attempts):
     spec = f'{url}(model="m", cache="{trained / ("verdicts_" + algo)}")'

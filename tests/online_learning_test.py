@@ -134,6 +134,23 @@ def test_spin_nears_the_demonstrations_round_by_round(root, command):
   assert min(margins[9], margins[19]) > 0.05, margins
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('critic', ['head', 'model'])
+def test_a_critic_learns_what_prompts_are_worth(root, command, critic):
+  """The reward is the prompt's alone; one number for all prompts explains none of its variance."""
+  (root / 'prompt.py').write_text(
+      'def worth(prompts, completions, **columns):\n'
+      '  return [float(int(prompt) >= 4) for prompt in prompts]\n')
+  argv = command('ppo', f'critic-{critic}', f'--reward={root / "prompt.py"}:worth', critic=critic,
+                 loss__reward_kl_coefficient=0, loss__value_coefficient=1)
+  argv = [argument for argument in argv if not argument.endswith(':sevens')]
+  assert job_runs.launch_here(argv) == 0
+  # The loss is half the squared error, and the variance of the rewards 1/4.
+  explained = [1 - 2 * record['value/loss'] / 0.25 for record in job_runs.metrics(
+      root / f'critic-{critic}')]
+  assert explained[0] < 0 and np.mean(explained[-5:]) > 0.5, np.round(explained, 2)
+
+
 # One of each kind of state that a step leaves to the next.
 STATES = {
     'grpo': dict(training__mini_batches=2, training__epochs=2),  # a rollout in use

@@ -40,7 +40,7 @@ def root(tmp_path_factory):
            'max_length': 96}
   job_runs.export_model(root / 'model', **sizes)
   job_runs.export_model(root / 'teacher', **{**sizes, 'width': 24})
-  rows = [{'prompt': f'{i}+1=', 'completion': str(i + 1)} for i in range(8)]
+  rows = [{'prompt': f'{i}+1=', 'solution': str(i + 1)} for i in range(8)]  # or completion
   (root / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   (root / 'reward.py').write_text(REWARD)
   return root
@@ -122,6 +122,27 @@ def test_modified_rows_train(train, algo, settings, wanted):
   scales = [record['reward_kl_scale'] for record in records if 'reward_kl_scale' in record]
   if 'rloo' in algo:  # the policy starts at its reference, so the coefficient falls at first
     assert scales[0] == 1 and scales[1] == pytest.approx(1 - 0.2 * 16 / 100)
+
+
+MY_LOSS = '''
+from ptjax.pieces import likelihood, reduction
+
+def my_loss(log_probs, *, advantages, loss_mask, scale=2.0):
+  loss, metrics = likelihood.weighted_loss(
+      log_probs, loss_mask, advantages=scale * advantages, reduce=reduction.token_mean)
+  return loss, {**metrics, 'my/scale': scale}
+'''
+
+
+@pytest.mark.slow
+def test_a_users_own_loss_trains(root, train):
+  path = root / 'my_loss.py'
+  path.write_text(MY_LOSS)
+  code, records, change = train(f'{path}:my_loss', 'mine')
+  assert code == 0 and change > 1e-3 and {record['my/scale'] for record in records} == {2.0}
+  assert all(record['stage'].endswith('my_loss') for record in records)
+  code, records, change = train(f'{path}:my_loss', 'still', loss__scale=0.0)
+  assert code == 0 and change == 0 and {record['my/scale'] for record in records} == {0.0}
 
 
 # Dynamic sampling.

@@ -66,7 +66,8 @@ class TokenBatch:
   on_policy: Any  # [] bool; True while the policy has not moved since it drew these tokens
   inputs: dict  # name -> array
   packing: Any = None  # Packing, or None: each row is a prompt and its completions
-  packed: Any = None  # PackedRows, which the forward pass then runs on; None: on these rows
+  # PackedRows, which the forward pass then runs on, and which alone hold prompt_tokens and tokens.
+  packed: Any = None
 
 
 @struct.dataclass

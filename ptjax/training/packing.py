@@ -55,9 +55,14 @@ class Packer:
     self._settled = True
 
   def __call__(self, batch):
-    """Returns the batch, a `types.TokenBatch` of NumPy arrays, with its `packed` rows if any."""
+    """Returns the batch, a `types.TokenBatch` of NumPy arrays, with its `packed` rows if any.
+
+    The tokens then stand in those alone, so that how wide prompts were padded is no new shape.
+    """
     found = self._choose(_Lengths(batch))
-    return batch if found is None else batch.replace(packed=_lay(batch, *found))
+    if found is None:
+      return batch
+    return batch.replace(packed=_lay(batch, *found), prompt_tokens=None, tokens=None)
 
   def _choose(self, lengths):
     """(rows of completions, shape) of the cheapest way to pack, or None."""

@@ -351,7 +351,7 @@ def put_back(outputs, batch):
   """Outputs [R, M] of packed rows, put where the loss looks for them, [B, T]; zero elsewhere."""
   if batch.packed is None:
     return outputs
-  places, shape = batch.packed.places.reshape(-1), batch.tokens.shape
+  places, shape = batch.packed.places.reshape(-1), batch.loss_mask.shape
   return jax.tree.map(
       lambda x: jnp.zeros(shape, x.dtype).reshape(-1).at[places].set(
           x.reshape(-1), mode='drop').reshape(shape), outputs)

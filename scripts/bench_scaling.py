@@ -87,6 +87,7 @@ class Point:
     from ptjax.models import presets
     from ptjax.models import transformer
     from ptjax.rollout import sampler
+    from ptjax.rollout import schedule
     from ptjax.training import forward
     from ptjax.training import state as training_state
     from ptjax.training import step as training_step
@@ -125,7 +126,7 @@ class Point:
         shape.prompts, shape.prompt, shape.group, shape.completion)
     programs = [program.memory_analysis() for program in self._sample._programs.values()]
     steps = self._sample.last_stats['steps']
-    windows = sampler.window_sizes(steps)
+    windows = schedule.window_sizes(steps)
     self.facts = {
         **dataclasses.asdict(shape),
         'rollout_flops': (costs.prefill_flops(model, sizes)

@@ -5,6 +5,8 @@ a prompt and some of its completions, then another prompt and its own, fill a ro
 what the model says of each token is put back where the loss looks for it (`PackedRows.places`).
 """
 
+import math
+
 import numpy as np
 
 from ptjax import types
@@ -15,7 +17,7 @@ _SAVES = 1.15  # times the packed cost, that rows as they are must cost before t
 # A shape that is compiled already is taken up to so many times the cost of the cheapest one; with
 # every further shape a new one must save more.
 _NEAR, _NEARER = 1.15, 0.05
-_SPARE = 0.05  # of its rows, that a new shape holds beyond what its first batch needs
+_SPARE = 0.05  # of its rows, that a settled shape holds beyond what the batches seen need
 
 
 class Packer:
@@ -49,7 +51,7 @@ class Packer:
     shapes = []
     for width in _widths(longest):
       fits = [_need(one, width) for one in lengths]
-      shapes.append(self._shape(width, max(count for _, count, _ in fits),
+      shapes.append(self._shape(width, max(count for _, count, _ in fits) * (1 + _SPARE),
                                 max(most for _, _, most in fits)))
     self.shapes = [min(shapes, key=self._cost)]
     self._settled = True
@@ -100,7 +102,7 @@ class Packer:
 
   def _rows(self, count):
     """A number of rows for batches that need about `count`; few different ones come out."""
-    count = int(np.ceil(count * (1 + _SPARE)))
+    count = math.ceil(count)
     step = max(1, 1 << max(count.bit_length() - 4, 0))
     step = -(-step // self._multiple) * self._multiple
     return -(-count // step) * step

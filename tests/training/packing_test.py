@@ -133,7 +133,7 @@ def test_fifty_batches_of_any_lengths_take_few_shapes_and_little_room(prompt):
     longest += 8 * prompt + 64 * batch.loss_mask.sum(1).max()
   # Of some 20 shapes that would each be the cheapest of some batch.
   assert len(packer.shapes) <= 5 and len([step for step in new if step > 10]) <= 2
-  assert longest > (3.4 if prompt == 32 else 2.3) * used  # padded to each batch's own longest
+  assert longest > (3.5 if prompt == 32 else 2.3) * used  # padded to each batch's own longest
 
 
 def test_what_is_packed_follows_from_the_batch_and_the_shapes_alone():

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from ptjax.models import attention
 from ptjax.models import cache as cache_lib
-from ptjax.models import config as config_lib
 from ptjax.models import transformer
 
 P, S, G, T = 2, 6, 3, 5
@@ -21,27 +21,10 @@ RANDOM = np.random.RandomState(0)
 PROMPTS = RANDOM.randint(0, 19, (P, S)).astype(np.int32)
 TOKENS = RANDOM.randint(0, 19, (B, T)).astype(np.int32)
 
-QWEN = config_lib.TransformerConfig(
-    family='qwen2', vocab_size=19, width=16, num_layers=2, num_heads=4, num_kv_heads=2,
-    mlp_width=24, max_length=32, qkv_bias=True)
-GEMMA = dataclasses.replace(
-    QWEN, family='gemma3_text', layer_windows=(3, 0), local_rope_theta=100.0, qkv_bias=False,
-    qk_norm=True, post_norms=True, norm_offset=1.0, attention_softcap=2.0)
-GPT2 = dataclasses.replace(
-    QWEN, family='gpt2', num_kv_heads=4, position='learned', norm='layer', norm_bias=True,
-    gated_mlp=False, out_bias=True, mlp_bias=True, activation='gelu_tanh', layer_windows=(4, 4))
+QWEN, GEMMA = tiny_models.QWEN, tiny_models.GEMMA
+GPT2 = dataclasses.replace(tiny_models.GPT2, layer_windows=(4, 4))
+_params = tiny_models.params
 CONFIGS = {'qwen': QWEN, 'gemma': GEMMA, 'gpt2': GPT2}
-
-
-@functools.cache
-def _params(config):
-  """Weights large enough that attention is far from uniform."""
-  random = np.random.RandomState(1)
-  def draw(path, leaf):
-    centre = 1.0 - config.norm_offset if path[-1].key == 'scale' else 0.0
-    return (centre + 0.3 * random.normal(size=leaf.shape)).astype(leaf.dtype)
-  return jax.tree_util.tree_map_with_path(
-      draw, jax.eval_shape(lambda: transformer.init(config, jax.random.key(0))))
 
 
 @functools.partial(jax.jit, static_argnames='config')
@@ -147,7 +130,8 @@ def test_decoding_equals_grouped(config):
   prefilled, store = prefill(params)
   np.testing.assert_allclose(prefilled.reshape(P, S, -1), prompt_hidden, atol=1e-5)
   store = cache_lib.split(store)
-  own = cache_lib.init_own(config, B, 4)
+  whole = cache_lib.init_own(config, B, 8)
+  own = cache_lib.select(whole, 4)
   split = transformer.split_layers(params)
   # Rows may stand at different steps: row b runs token t at turn t + delay[b], and until then
   # writes what it overwrites later.
@@ -155,7 +139,7 @@ def test_decoding_equals_grouped(config):
   seen = np.zeros([B, T, config.width], np.float32)
   for turn in range(T + 1):
     if turn == 4:
-      own = cache_lib.grow(own, 8)
+      own = cache_lib.put_back(whole, own, np.arange(B)[None], np.zeros(B, np.int32), 4)
     step = np.clip(turn - delay, 0, T - 1).astype(np.int32)
     out, own = decode(split, store, own, TOKENS[np.arange(B), step], step)
     seen[np.arange(B), step] = out
@@ -208,13 +192,15 @@ def test_write_clamps_its_index():
   np.testing.assert_array_equal(value.sum((1, 3)), [[8, 0, 0], [0, 0, 8]])
 
 
-def test_grow_keeps_what_was_written():
-  own = [(jnp.ones([2, 2, 4, 3]), jnp.ones([2, 2, 3, 4]))]
-  (key, value), = cache_lib.grow(own, 5)
-  assert key.shape == (2, 2, 4, 5) and value.shape == (2, 2, 5, 4)
-  np.testing.assert_array_equal(key[..., :3], 1)
-  np.testing.assert_array_equal(value[:, :, :3], 1)
-  assert key.sum() == value.sum() == 48
+def test_a_window_of_some_rows_is_put_back_where_it_belongs():
+  own = cache_lib.init_own(QWEN, 3, 6)
+  part = jax.tree.map(jnp.ones_like, cache_lib.select(own, 4, lambda x: x[jnp.array([2, 0])]))
+  key, value = cache_lib.put_back(own, part, np.array([[2, 0]]), np.array([1, 2]), 2)[0]
+  assert key.shape == own[0][0].shape and value.shape == own[0][1].shape
+  filled = np.zeros([3, 6])
+  filled[2, 1:3] = filled[0, 2:4] = 1  # two columns each, from the row's own start
+  np.testing.assert_array_equal(key, np.broadcast_to(filled[:, None, None], key.shape))
+  np.testing.assert_array_equal(value, np.broadcast_to(filled[:, None, :, None], value.shape))
 
 
 def test_mixed_up_shapes_are_found_while_tracing():

@@ -8,24 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from ptjax import sharding
 from ptjax import types
 from ptjax.models import attention
-from ptjax.models import config as config_lib
 from ptjax.models import policy
-from ptjax.models import transformer
 
 V = 19
-LLAMA = config_lib.TransformerConfig(
-    family='llama', vocab_size=V, width=16, num_layers=2, num_heads=4, num_kv_heads=2,
-    mlp_width=24, max_length=32)
-GPT2 = dataclasses.replace(
-    LLAMA, family='gpt2', num_kv_heads=4, position='learned', norm='layer', norm_bias=True,
-    gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, activation='gelu_tanh')
-GEMMA = dataclasses.replace(
-    LLAMA, family='gemma3_text', layer_windows=(3, 0), local_rope_theta=100.0, qk_norm=True,
-    post_norms=True, norm_offset=1.0, attention_softcap=2.0, logit_softcap=4.0)
+LLAMA, GPT2 = tiny_models.LLAMA, tiny_models.GPT2
+GEMMA = dataclasses.replace(tiny_models.GEMMA, logit_softcap=4.0)
+_params = tiny_models.params
 CONFIGS = {'llama': LLAMA, 'gpt2': GPT2, 'gemma': GEMMA}
 
 S, T = 18, 12
@@ -35,17 +28,6 @@ LENGTHS = [[(2, 4), (1, 3), (3, 4)], [(5, 9)], [(1, 1), (6, 2), (4, 2)], [(2, 8)
 RANDOM = np.random.RandomState(0)
 ROWS = [[(RANDOM.randint(0, V, prompt), RANDOM.randint(0, V, own)) for prompt, own in row]
         for row in LENGTHS]
-
-
-@functools.cache
-def _params(config):
-  """Weights large enough that attention is far from uniform."""
-  random = np.random.RandomState(1)
-  def draw(path, leaf):
-    centre = 1.0 - config.norm_offset if path[-1].key == 'scale' else 0.0
-    return (centre + 0.3 * random.normal(size=leaf.shape)).astype(leaf.dtype)
-  return jax.tree_util.tree_map_with_path(
-      draw, jax.eval_shape(lambda: transformer.init(config, jax.random.key(0))))
 
 
 def _packed(filler=0):

@@ -8,39 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from ptjax import config as settings
 from ptjax.models import attention
-from ptjax.models import config as config_lib
 from ptjax.models import presets
 from ptjax.models import transformer
 
 P, S = 2, 7
 
-QWEN = config_lib.TransformerConfig(
-    family='qwen2', vocab_size=19, width=16, num_layers=2, num_heads=4, num_kv_heads=2,
-    mlp_width=24, max_length=32, qkv_bias=True)
-GEMMA = dataclasses.replace(
-    QWEN, family='gemma3_text', layer_windows=(3, 0), local_rope_theta=100.0,
-    qkv_bias=False, qk_norm=True, post_norms=True, norm_offset=1.0, embedding_scale=4.0,
-    activation='gelu_tanh', attention_softcap=2.0, logit_softcap=1.5)
-GPT2 = dataclasses.replace(
-    QWEN, family='gpt2', num_kv_heads=4, position='learned', norm='layer', norm_bias=True,
-    gated_mlp=False, out_bias=True, mlp_bias=True, activation='gelu_tanh', tie_embeddings=False)
+QWEN = tiny_models.QWEN
+GEMMA = dataclasses.replace(tiny_models.GEMMA, embedding_scale=4.0, activation='gelu_tanh',
+                            logit_softcap=1.5)
+GPT2 = dataclasses.replace(tiny_models.GPT2, tie_embeddings=False)
+_params = tiny_models.params
 CONFIGS = {'qwen': QWEN, 'gemma': GEMMA, 'gpt2': GPT2}
-
-
-@functools.cache
-def _params(config):
-  """Weights in which no bias or norm is neutral."""
-  random = np.random.RandomState(1)
-  def draw(path, leaf):
-    centre = 1.0 - config.norm_offset if path[-1].key == 'scale' else 0.0
-    return (centre + 0.2 * random.normal(size=leaf.shape)).astype(leaf.dtype)
-  return jax.tree_util.tree_map_with_path(
-      draw, jax.eval_shape(lambda: transformer.init(config, jax.random.key(0))))
-
-
 TOKENS = np.random.RandomState(0).randint(0, QWEN.vocab_size, P * S)
 
 

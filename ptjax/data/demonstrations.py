@@ -2,8 +2,6 @@
 
 from ptjax.data import chat
 from ptjax.data import examples
-from ptjax.data import formats
-from ptjax.data import sources
 from ptjax.data import turns as turns_lib
 
 TURNS = ('last', 'all')
@@ -29,9 +27,8 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(), tu
   """
   if turns not in TURNS:
     raise ValueError(f'turns={turns!r}: expected one of {", ".join(TURNS)}')
-  rows = sources.as_rows(rows)
-  formats.require(rows, 'demonstrations')
-  reader = examples.Reader(rows, tokenizer, limits=limits, end_ids=end_ids, want=want)
+  reader = examples.Reader(rows, 'demonstrations', tokenizer, limits=limits, end_ids=end_ids, want=want)
+  rows = reader.rows
   if turns == 'all' and 'messages' in rows.columns and 'completion' not in rows.columns:
     return _all_turns(reader)
   questions, answers = [], []

@@ -76,19 +76,21 @@ class Reader:
   `admit`, which applies the limits.
   """
 
-  def __init__(self, rows, tokenizer, *, limits, end_ids=None, want=()):
+  def __init__(self, rows, door, tokenizer, *, limits, end_ids=None, want=()):
     """Starts reading.
 
     Args:
       rows: `sources.Rows` or a list of dicts.
+      door: a key of formats.FORMATS, which says what columns there must be.
       tokenizer: a Hugging Face tokenizer.
       limits: Limits.
       end_ids: ids that end a completion; None asks the tokenizer.
       want: names of numeric columns that become inputs.
     Raises:
-      UserError: a wanted column is missing, or no end token is known.
+      UserError: a column of the door's, or a wanted one, is missing, or no end token is known.
     """
     self.rows = sources.as_rows(rows)
+    self.format = formats.require(self.rows, door)  # the names of the columns it was found by
     self.tokenizer = tokenizer
     self.limits = limits
     self.end_ids = tokenizers.eos_ids(tokenizer) if end_ids is None else tuple(end_ids)

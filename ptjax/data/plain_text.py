@@ -7,9 +7,7 @@ import numpy as np
 from ptjax import config
 from ptjax.data import chat
 from ptjax.data import examples
-from ptjax.data import formats
 from ptjax.data import intake
-from ptjax.data import sources
 
 _DEFAULT_TOKENS = 1024
 
@@ -34,9 +32,8 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(), to
   Raises:
     UserError: no column `text`, a cell that is no text, or nothing left.
   """
-  rows = sources.as_rows(rows)
-  names = formats.require(rows, 'text')
-  reader = examples.Reader(rows, tokenizer, limits=limits, end_ids=end_ids, want=want)
+  reader = examples.Reader(rows, 'text', tokenizer, limits=limits, end_ids=end_ids, want=want)
+  rows, names = reader.rows, reader.format
   if tokens is None:
     both = (limits.max_prompt_tokens, limits.max_completion_tokens)
     tokens = _DEFAULT_TOKENS if None in both else sum(both)

@@ -5,9 +5,7 @@ import numpy as np
 from ptjax import config
 from ptjax.data import chat
 from ptjax.data import examples
-from ptjax.data import formats
 from ptjax.data import intake
-from ptjax.data import sources
 
 _HUMAN, _ASSISTANT = '\n\nHuman:', '\n\nAssistant:'  # of dialogues written as one text
 _ALIKE = 'with chosen and rejected alike'
@@ -46,9 +44,8 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(),
       overlong row under `error`, or nothing left. Rows with an empty part or with two completions
       that are alike are dropped.
   """
-  rows = sources.as_rows(rows)
-  formats.require(rows, 'preferences')
-  reader = examples.Reader(rows, tokenizer, limits=limits, end_ids=end_ids, want=want)
+  reader = examples.Reader(rows, 'preferences', tokenizer, limits=limits, end_ids=end_ids, want=want)
+  rows = reader.rows
   own = demonstrations and 'demonstration' in rows.columns
   names = ('chosen', 'rejected') + (('demonstration',) if demonstrations else ())
   questions, answers, implicit = [], [], []

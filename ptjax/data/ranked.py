@@ -6,7 +6,6 @@ from ptjax import config
 from ptjax.data import chat
 from ptjax.data import examples
 from ptjax.data import formats
-from ptjax.data import sources
 
 _NO_ORDER = 'without two completions of different rank'
 
@@ -30,9 +29,8 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=()):
     UserError: a missing column, a cell of the wrong kind, an overlong row under `error`, or nothing
       left.
   """
-  rows = sources.as_rows(rows)
-  *_, column = formats.require(rows, 'ranked')
-  reader = examples.Reader(rows, tokenizer, limits=limits, end_ids=end_ids, want=want)
+  reader = examples.Reader(rows, 'ranked', tokenizer, limits=limits, end_ids=end_ids, want=want)
+  rows, column = reader.rows, reader.format[-1]
   questions, answers, ranks = [], [], []
   for i, row in enumerate(rows):
     texts, own = _ranked(row, column, reader.row_name(i))

@@ -6,7 +6,6 @@ from ptjax import config
 from ptjax.data import chat
 from ptjax.data import examples
 from ptjax.data import formats
-from ptjax.data import sources
 
 
 def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(), separator='\n'):
@@ -32,9 +31,8 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(), se
     UserError: a missing column, a cell of the wrong kind, an overlong row under `error`, nothing
       left, or labels of one kind only.
   """
-  rows = sources.as_rows(rows)
-  formats.require(rows, 'stepwise')
-  reader = examples.Reader(rows, tokenizer, limits=limits, end_ids=end_ids, want=want)
+  reader = examples.Reader(rows, 'stepwise', tokenizer, limits=limits, end_ids=end_ids, want=want)
+  rows = reader.rows
   questions, solutions, labels = [], [], []
   for i, row in enumerate(rows):
     steps, own = _steps(row, reader.row_name(i))

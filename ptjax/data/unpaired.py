@@ -9,7 +9,6 @@ from ptjax.data import chat
 from ptjax.data import demonstrations
 from ptjax.data import examples
 from ptjax.data import formats
-from ptjax.data import sources
 
 
 def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(), mismatched=False):
@@ -30,9 +29,8 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(), mi
     UserError: a missing column, a cell of the wrong kind, an overlong row under `error`, nothing
       left, or labels of one kind only.
   """
-  rows = sources.as_rows(rows)
-  formats.require(rows, 'unpaired')
-  reader = examples.Reader(rows, tokenizer, limits=limits, end_ids=end_ids, want=want)
+  reader = examples.Reader(rows, 'unpaired', tokenizer, limits=limits, end_ids=end_ids, want=want)
+  rows = reader.rows
   questions, answers, labels = [], [], []
   for i, row in enumerate(rows):
     label = formats.label(row['label'], f'{reader.row_name(i)}: label')

@@ -153,7 +153,7 @@ def test_a_row_whose_trained_tokens_were_all_cut_is_dropped(characters):
                                             'm.role == "assistant" and loop.last')
   found = demonstrations.read([{'messages': TALK}], characters, turns='all')
   assert found.masks[0][0].tolist() == [True] * 5
-  reader = examples_lib.Reader([{'x': 1}], characters, limits=examples_lib.Limits(
+  reader = examples_lib.Reader([{'text': 'x'}], 'text', characters, limits=examples_lib.Limits(
       max_completion_tokens=2, overlong='truncate'))
   reader.keep(0, 'x', parts=('x',))
   with pytest.raises(config.UserError, match='1 dropped \\(1 with no token to train on\\)'):

@@ -38,10 +38,10 @@ ROWS = list(algorithms.TABLE.values())
 every_row = pytest.mark.parametrize('row', ROWS, ids=[row.name for row in ROWS])
 
 # Section 3 of the specification: the 51 names of arXiv:2603.19335, and what lies beyond.
-THE_51 = '''sgrpo gspo cispo ppo rlhf rlaif sft dpo orpo kto cpt kd reward_bt online_dpo rft spin ipo
-  simpo cpo alphapo rdpo cdpo spo dpnll minor_dpo c2dpo alpha_dpo aot_unpaired apo_zero bco betadpo
-  bpo caldpo chipo cposimpo discopop dpop dposhift drdpo exo fdpo focalpo gpo hdpo hinge nca odpo
-  robust_dpo sampo sppo wpo'''.split()
+THE_51 = '''sgrpo gspo cispo ppo rlhf rlaif sft dpo orpo kto cpt kd reward_bt online_dpo rft spin
+  ipo simpo cpo alphapo rdpo cdpo spo dpnll minor_dpo c2dpo alpha_dpo aot_unpaired apo_zero bco
+  betadpo bpo caldpo chipo cposimpo discopop dpop dposhift drdpo exo fdpo focalpo gpo hdpo hinge
+  nca odpo robust_dpo sampo sppo wpo'''.split()
 EXTRAS = '''dft raft seqkd gkd opd iw_opd minillm sdft sdpo ssd reinforce reinforce_pp
   reinforce_pp_baseline rloo ppo_dual_clip grpo dr_grpo bnpo dapo grpo_process gspo_token sapo
   luspo vespo gmpo remax gpg opo clip_cov kl_cov pass_at_k a_star_po rebel nash_md xpo gdpo

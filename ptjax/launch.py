@@ -7,6 +7,7 @@ from absl import flags
 
 from ptjax import config as settings
 from ptjax import experiment
+from ptjax import overrides
 
 FLAGS = flags.FLAGS
 
@@ -72,9 +73,9 @@ def resolve(values):
   for flag, path in (('steps', 'training.steps'), ('eval_dataset', 'eval.dataset'),
                      ('eval_every', 'eval.every_steps')):
     if values[flag] is not None:
-      config = settings.override(config, f'{path}={values[flag]}')
+      config = overrides.override(config, f'{path}={values[flag]}')
   for assignment in values['set'] or ():
-    config = settings.override(config, assignment)
+    config = overrides.override(config, assignment)
   return config
 
 

@@ -6,6 +6,7 @@ import re
 
 from ptjax import algorithms
 from ptjax import config as settings
+from ptjax import overrides
 from ptjax.training import algorithm as binding
 from ptjax.training import loop
 from ptjax.training import recipes
@@ -132,7 +133,7 @@ def stage_config(config, name):
   for path, value in config.stages.get(name, {}).items():
     if path.partition('.')[0] in _SHARED:
       raise settings.UserError(f'stages.{name}.{path}: the same for all stages of a run')
-    result = settings.assign(result, path, value)
+    result = overrides.assign(result, path, value)
   return result
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from ptjax import assembly
 from ptjax import config as settings
+from ptjax import overrides
 from ptjax import sharding
 from ptjax import stages
 from ptjax.models import hub
@@ -45,7 +46,7 @@ def config_of(root):
     config = settings.Config(
         **{'model': str(root / 'model'), 'dataset': 'arithmetic:max_operand=19', **values})
     for assignment in assignments:
-      config = settings.override(config, assignment)
+      config = overrides.override(config, assignment)
     return config
   return make
 
@@ -204,7 +205,7 @@ def test_disk_space_counts_checkpoints_and_the_model(config_of):
   one = sum(leaf.size * 4 for leaf in jax.tree.leaves(hub.param_shapes(policy.config)))
   # Two checkpoints of parameters and two moments: a new one is written before the old one goes.
   assert assembly.bytes_needed(policy, config) >= one * (3 * 2 + 1)
-  more = settings.override(config, 'checkpoint.keep=2')
+  more = overrides.override(config, 'checkpoint.keep=2')
   assert assembly.bytes_needed(policy, more) - assembly.bytes_needed(policy, config) == 3 * one
 
 

@@ -7,12 +7,13 @@ import pathlib
 import pytest
 
 from ptjax import config as settings
+from ptjax import overrides
 
 ROOT = pathlib.Path(settings.__file__).parent
 
 
 def test_override_keeps_siblings():
-  changed = settings.override(settings.Config(), 'optimizer.learning_rate=1e-5')
+  changed = overrides.override(settings.Config(), 'optimizer.learning_rate=1e-5')
   assert changed.optimizer == dataclasses.replace(
       settings.OptimizerSettings(), learning_rate=1e-5)
   assert dataclasses.replace(changed, optimizer=settings.OptimizerSettings()) == settings.Config()
@@ -29,7 +30,7 @@ def test_override_keeps_siblings():
     ('loss.clip_high=0.28', ('loss',), {'clip_high': 0.28}),
 ])
 def test_override_reads_the_value_by_its_type(assignment, path, value):
-  node = settings.override(settings.Config(), assignment)
+  node = overrides.override(settings.Config(), assignment)
   for name in path:
     node = getattr(node, name)
   assert node == value and type(node) is type(value)
@@ -53,7 +54,7 @@ def test_override_reads_the_value_by_its_type(assignment, path, value):
 ])
 def test_bad_overrides_say_what_is_wrong(assignment, message):
   with pytest.raises(settings.UserError, match=message):
-    settings.override(settings.Config(), assignment)
+    overrides.override(settings.Config(), assignment)
 
 
 def test_every_setting_is_read_by_some_code():

@@ -10,6 +10,7 @@ import pytest
 from ptjax import assembly
 from ptjax import config as settings
 from ptjax import doors
+from ptjax import overrides
 from ptjax import stages
 from ptjax.data import offline
 from ptjax.data import packing
@@ -43,7 +44,7 @@ def load(root):
     config = settings.Config(model=str(root / 'model'),
                              dataset=str(path) if path.exists() else dataset, **values)
     for assignment in assignments:
-      config = settings.override(config, assignment)
+      config = overrides.override(config, assignment)
     plans = stages.stage_plans(config)
     policies = assembly.load_policies(config, plans)
     data = doors.load_data(config, plans, policies['policy'], parts=parts)

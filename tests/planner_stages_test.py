@@ -15,6 +15,7 @@ from ptjax import doors
 from ptjax import dry_batch
 from ptjax import dry_run
 from ptjax import keys
+from ptjax import overrides
 from ptjax import plan_text
 from ptjax import planner
 from ptjax import rates as device_rates
@@ -60,7 +61,7 @@ def config_of(root, algo, dataset, *assignments):
       algo=algo, model=str(root / 'model'), dataset=str(path) if path.exists() else dataset,
       reward=('length(target=4)',), teacher=str(root / 'teacher'))
   for assignment in (*(f'{name}={value}' for name, value in SETTINGS.items()), *assignments):
-    config = settings.override(config, assignment)
+    config = overrides.override(config, assignment)
   return config
 
 

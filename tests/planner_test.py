@@ -12,6 +12,7 @@ from ptjax import config as settings
 from ptjax import dry_run
 from ptjax import experiment
 from ptjax import job
+from ptjax import overrides
 from ptjax import planner
 from ptjax import rates as device_rates
 from ptjax import sharding
@@ -38,7 +39,7 @@ def small_job(*assignments):
       'warm_start.steps=1', 'warm_start.batch_size=8', 'training.steps=1', 'eval.limit=8',
       'eval.batch_size=8', 'rollout.num_prompts=8', 'rollout.group_size=2', 'log.report=false',
       'log.tensorboard=false', 'log.compile_cache=none', *assignments):
-    config = settings.override(config, assignment)
+    config = overrides.override(config, assignment)
   return config
 
 

@@ -5,6 +5,7 @@ import pytest
 import jax
 
 from ptjax import config as settings
+from ptjax import overrides
 from ptjax import rates
 from ptjax import sharding
 from ptjax.models import presets
@@ -50,4 +51,4 @@ def test_an_unknown_device_is_refused(one):
 @pytest.mark.parametrize('assignment', ['plan.peak_tflops=0', 'plan.efficiency=1.5'])
 def test_rates_that_cannot_be_are_refused(assignment):
   with pytest.raises(settings.UserError, match=assignment.partition('=')[0]):
-    settings.override(settings.Config(), assignment)
+    overrides.override(settings.Config(), assignment)

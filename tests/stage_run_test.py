@@ -10,6 +10,7 @@ import pytest
 from ptjax import assembly
 from ptjax import config as settings
 from ptjax import doors
+from ptjax import overrides
 from ptjax import sharding
 from ptjax import stage_run
 from ptjax import stages
@@ -31,7 +32,7 @@ def begin(model, tmp_path):
   def call(algo, *assignments):
     config = settings.Config(algo=algo, model=model, dataset='arithmetic:max_operand=9')
     for assignment in assignments:
-      config = settings.override(config, assignment)
+      config = overrides.override(config, assignment)
     plan, = stages.stage_plans(config)
     policies = assembly.load_policies(config, [plan])
     mesh = sharding.make_mesh('fsdp=1', jax.devices()[:1])

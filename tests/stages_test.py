@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 
 from ptjax import config as settings
+from ptjax import overrides
 from ptjax import stages
 
 
 def config_of(*assignments, **values):
   config = settings.Config(**values)
   for assignment in assignments:
-    config = settings.override(config, assignment)
+    config = overrides.override(config, assignment)
   return config
 
 
@@ -104,9 +105,9 @@ def test_a_warm_start_is_a_stage_of_its_own():
   assert first.hyperparameters == {} and second.hyperparameters == {'clip_high': 0.3}
   assert first.config.dataset == 'arithmetic'
   # Of its own data set it reads everything, of the run's as much as the run does.
-  limited = settings.override(config, 'data.limit=5')
+  limited = overrides.override(config, 'data.limit=5')
   assert stages.stage_plans(limited)[0].config.data.limit == 5
-  other = settings.override(limited, 'warm_start.dataset=rows.jsonl')
+  other = overrides.override(limited, 'warm_start.dataset=rows.jsonl')
   assert stages.stage_plans(other)[0].config.dataset == 'rows.jsonl'
   assert stages.stage_plans(other)[0].config.data.limit is None
 

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from ptjax import config
+from ptjax import overrides
 from ptjax.training import run_folder
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ def _with_checkpoint(out_dir, settings=CONFIG, step=5):
 def _changed(**assignments):
   changed = CONFIG
   for path, value in assignments.items():
-    changed = config.override(changed, f'{path.replace("__", ".")}={value}')
+    changed = overrides.override(changed, f'{path.replace("__", ".")}={value}')
   return changed
 
 

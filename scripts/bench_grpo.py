@@ -82,6 +82,8 @@ def parse(argv=None):
   parser.add_argument('--peer', default='hf', help=f'one or several of {", ".join(PEERS)}')
   parser.add_argument('--peer_python', help='interpreter of the peers; default: this one')
   parser.add_argument('--repetitions', type=int, default=7, help='timed steps of each side')
+  parser.add_argument('--warm_up', type=int, help='steps of ours before those; default: 2, of '
+                      'geometric lengths 12')
   parser.add_argument('--set', action='append', default=[], help='a setting of ours to change')
   parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)
   arguments = parser.parse_args(argv)
@@ -319,7 +321,8 @@ def compare(arguments, job, sides):
   """Runs all sides in turn and prints what they did; `sides` gets them as they start."""
   prepare(job)
   sides.append(Side('bench_grpo.py', job, [f'--set={change}' for change in arguments.set]))
-  lengths = [sides[0].step(timed=False)['lengths'] for _ in range(WARM_UP[job.lengths])]
+  lengths = [sides[0].step(timed=False)['lengths']
+             for _ in range(arguments.warm_up or WARM_UP[job.lengths])]
   for name in arguments.peers:
     sides.append(Side(PEERS[name], job, python=arguments.peer_python))
     for some in lengths[:PEER_WARM_UP]:

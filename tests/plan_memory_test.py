@@ -1,0 +1,58 @@
+"""The planned memory of an update against what the system sees the process take."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+_CODE = '''
+import gc
+import jax
+import jax.numpy as jnp
+from ptjax import config, dry_batch, dry_run, overrides, assembly, planner, sharding, stages
+
+settings = config.Config(mesh='fsdp=1')
+for assignment in ('rollout.num_prompts=32', 'rollout.group_size=8', 'data.packing=false',
+                   'rollout.max_completion_tokens=48', 'data.max_prompt_tokens=16'):
+  settings = overrides.override(settings, assignment)
+mesh = sharding.make_mesh('fsdp=1', jax.devices()[:1])
+plan, = stages.stage_plans(settings)
+policies = assembly.load_policies(settings, [plan], load=planner.load_policy)
+made, widest = dry_batch.make(plan, policies, mesh, local=True)
+shapes = made.targets(), dry_run.place(widest.batch, mesh), made.frozen_shapes()
+step = made.update()
+with sharding.use(mesh):
+  program = step.lower(*shapes).compile()
+planned = dry_run.update(made, widest.batch, mesh)
+state, batch, frozen = jax.jit(
+    lambda: jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes))()
+jax.block_until_ready(state)
+gc.collect()
+
+def resident(name):
+  with open('/proc/self/status') as file:
+    return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+with open('/proc/self/clear_refs', 'w') as file:
+  file.write('5')  # the peak starts anew
+before = resident('VmRSS')
+jax.block_until_ready(program(state, batch, frozen))
+print(planned.temporaries + planned.outputs, resident('VmHWM') - before)
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='only Linux resets its peak')
+def test_an_update_takes_the_memory_that_is_planned():
+  done = subprocess.run(
+      [sys.executable, '-c', _CODE], capture_output=True, text=True, timeout=600,
+      env={**os.environ, 'PYTHONPATH': str(REPOSITORY), 'MALLOC_TRIM_THRESHOLD_': '0',
+           'MALLOC_MMAP_THRESHOLD_': str(2**20)})  # what is free before is not there at all
+  assert done.returncode == 0, done.stderr
+  planned, taken = map(int, done.stdout.split())
+  assert planned > 200 * 2**20  # else small things count
+  assert abs(taken - planned) < 0.1 * planned, (planned, taken)

@@ -1,4 +1,4 @@
-"""The benchmark of the update: arms of one batch, a table and a row for each, and no unequal work."""
+"""The benchmark of the update: arms of one batch, a row for each, and no unequal work."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Packed rows: every trained token once, few shapes, and outputs, losses and gradients as unpacked."""
+"""Packed rows: every trained token once, few shapes; outputs, losses and gradients as unpacked."""
 
 import dataclasses
 import functools
@@ -223,9 +223,9 @@ def test_packed_outputs_and_gradients_equal_those_of_plain_rows(config):
 # --- whole steps
 
 
-def take_step(batch, *, algo, critic=None, micro_batches=1, mesh=None):
+def take_step(batch, *, algo, critic=None, micro_batches=1, mesh=None, **hyperparameters):
   """(metrics, parameters after a step of plain descent)."""
-  bound = binding.bind(algorithms.get(algo), {})
+  bound = binding.bind(algorithms.get(algo), hyperparameters)
   params = jax.tree.map(jnp.asarray, _params(LLAMA, critic))
   optimizer, shardings = optax.sgd(1.0), None
   state = training_state.init(params, optimizer)
@@ -257,7 +257,9 @@ def _of_pairs():
 
 CASES = {
     'dpo': {'inputs': _of_pairs}, 'simpo': {},
-    'grpo': {}, 'gspo': {}, 'ppo head': {'critic': 'head', 'inputs': _of_ppo},
+    'grpo': {}, 'gspo': {},
+    'grpo to its reference': {'inputs': _of_pairs, 'hyperparameters': {'kl_coefficient': 0.04}},
+    'ppo head': {'critic': 'head', 'inputs': _of_ppo},
     'ppo model': {'critic': 'model', 'inputs': _of_ppo},
     'luffy': {'inputs': _of_demonstrations}, 'hpt': {'inputs': _of_demonstrations}}
 
@@ -266,7 +268,13 @@ CASES = {
 def _plain_step(name):
   case = CASES[name]
   batch = make_batch(**case.get('inputs', dict)())
-  return batch, take_step(batch, algo=name.partition(' ')[0], critic=case.get('critic'))
+  return batch, _step_of(name, batch)
+
+
+def _step_of(name, batch):
+  case = CASES[name]
+  return take_step(batch, algo=name.partition(' ')[0], critic=case.get('critic'),
+                   **case.get('hyperparameters', {}))
 
 
 def _assert_same_step(found, expected):
@@ -277,7 +285,7 @@ def _assert_same_step(found, expected):
 @pytest.mark.parametrize('name', CASES)
 def test_a_packed_step_is_the_same_step(name):
   batch, expected = _plain_step(name)
-  found = take_step(pack(batch), algo=name.partition(' ')[0], critic=CASES[name].get('critic'))
+  found = _step_of(name, pack(batch))
   _assert_same_step(found, expected)
   assert any(np.abs(a - b).max() > 1e-2 for a, b in zip(
       jax.tree.leaves(found[1]), jax.tree.leaves(_params(LLAMA, CASES[name].get('critic')))))

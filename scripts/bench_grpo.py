@@ -332,6 +332,8 @@ def compare(arguments, job, sides):
     for side in sides[1:]:
       side.step(found['lengths'], timed=True)
     check_comparable(sides)
+    print(', '.join(f'{run["name"]} {run["seconds"]:.2f} s ({run["cpu"]:.2f} CPU)'
+                    for run in (side.runs[-1] for side in sides)), file=sys.stderr, flush=True)
   rows = [side.row(job) for side in sides]
   print_table(rows)
   for row in rows:

@@ -110,7 +110,7 @@ class RolloutSettings:
   top_p: float = 1.0
   min_p: float = 0.0
   stop_strings: tuple[str, ...] = ()  # beside the model's own end tokens
-  slots: int = 0  # completions decoded at once, a free slot takes the next; 0: all, in groups
+  slots: int = 0  # completions decoded at once; a free slot takes the next; 0: automatic
   reuse_log_probs: bool = False  # True: the sampler's log-probs are the old ones; False: recompute
   reference_share: float = 0.5  # of the reference in the mixture that Nash-MD plays against
   # Draws of other prompts, at most, for groups of equal rewards; None: of dapo 3, else 0.

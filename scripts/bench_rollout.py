@@ -189,10 +189,8 @@ def variable_arms(job):
 
   class Static(schedule.Schedule):
     """All of a batch until its last completion is done."""
-    windows = None
-
-    def __init__(self, shards, completions, slots, windows, steps, compiled=()):
-      super().__init__(shards, completions, slots, self.windows or windows, steps)
+    def __init__(self, shards, completions, slots, windows, steps, compiled=(), active=None):
+      super().__init__(shards, completions, slots, windows, steps)
       self._counts = [slots]
 
   def arm(name, make_schedule=schedule.Schedule, full=False, **options):

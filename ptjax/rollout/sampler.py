@@ -32,7 +32,7 @@ class SamplingOptions:
   stop_ids: tuple = ()  # any of these tokens ends a completion and stays in it
   stop_strings: tuple = ()  # a completion ends with the token that completes one of these
   mixture: tuple = ()  # exponents of several models' probabilities, summing to 1; (): one model
-  slots: int = 0  # completions decoded at once, 0 for all; results do not depend on it
+  slots: int = 0  # completions decoded at once, 0: see Sampler; results do not depend on it
   chunk: int = 16  # steps between two looks of the host; nor on this
 
   def __post_init__(self):
@@ -46,7 +46,7 @@ class SamplingOptions:
       check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1,
             'a positive integer')
     check('slots', isinstance(self.slots, int) and self.slots >= 0,
-          'a number of completions, 0 for all')
+          'a number of completions, 0 to leave it to the sampler')
     check('temperature', 0 <= self.temperature < math.inf, 'a number, at least 0')
     check('top_k', isinstance(self.top_k, int) and self.top_k >= 0,
           'the number of tokens to keep, 0 for all')
@@ -94,6 +94,10 @@ class Sampler:
   shares the one copy of its prompt's keys and values, until half of them are done; where they wait
   for slots, and from then on, each chunk copies those of the completions it decodes.
 
+  Unless told how many slots to use, it decodes all completions together. On a CPU, half of them at
+  a time once a call has drawn completions less than half as long, on average, as its longest: for
+  lengths that are nearly geometric that took 1.17x less, for equal ones it would take 1.3x more.
+
   Attributes:
     compilations: XLA programs compiled so far: three, and one for each number of slots and window
       that was needed. After the first calls a larger one stands in for one that is not there.
@@ -111,6 +115,7 @@ class Sampler:
     self._gather_weights = gather_weights
     self._programs = {}
     self._calls = collections.Counter()  # by what programs are compiled for
+    self._uneven = False  # whether the last completions were of such lengths
     # Even chunks: 59 steps in chunks of at most 16 are 4 of 15, not 3 of 16 and one of 11.
     steps = options.max_tokens - 1  # the prefill draws the first token
     chunks = -(-steps // options.chunk)
@@ -154,12 +159,14 @@ class Sampler:
     compiled = [name[1:] for name, others in self._programs
                 if name[0] == 'chunk' and others == shapes]
     self._calls[shapes] += 1
+    on_cpu = next(iter(jax.tree.leaves(params)[0].devices())).platform == 'cpu'
 
     prompts = self._fill_mesh(prompts)
     limits = np.pad(limits, (0, prompts.sample_ids.size - len(limits))).astype(np.int32)
     shards = self._shards()
     per_shard = len(limits) // shards
     slots = min(-(-self.options.slots // shards) or per_shard, per_shard)
+    halve = self._uneven and on_cpu and not self.options.slots
     everything = np.arange(len(limits), dtype=np.int32).reshape(shards, -1) % per_shard
 
     def prefill(params, prompts, key_data, limits):
@@ -181,7 +188,8 @@ class Sampler:
     made, cuts = self._decode(
         run, place, weights, store, own, made, status, everything,
         schedule.Schedule(shards, per_shard, slots, self._windows, self._steps,
-                          compiled if self._calls[shapes] > _CALLS_THAT_COMPILE else ()))
+                          compiled if self._calls[shapes] > _CALLS_THAT_COMPILE else (),
+                          active=-(-slots // 2) if halve else slots))
     self.last_stats['prefill_tokens'] = int(prompts.lengths[:num_prompts].sum())
     return run('finish', functools.partial(decoding.finish, self.options, num_prompts=num_prompts),
                made, cuts, out=place.whole)
@@ -223,6 +231,7 @@ class Sampler:
       chunks += 1
       slot_steps += rows.size * self._steps
     lengths = np.minimum(status['length'], cuts)
+    self._uneven = 2 * lengths.sum() < lengths.max() * np.count_nonzero(lengths)
     self.last_stats = {
         'chunks': chunks, 'steps': chunks * self._steps, 'decode_tokens': int(lengths.sum()),
         'busy_fraction': float(np.maximum(lengths - 1, 0).sum() / max(1, slot_steps))}

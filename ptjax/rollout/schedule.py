@@ -47,7 +47,7 @@ class Schedule:
   of slots.
   """
 
-  def __init__(self, shards, completions, slots, windows, steps, compiled=()):
+  def __init__(self, shards, completions, slots, windows, steps, compiled=(), active=None):
     """Puts the first completions into the slots.
 
     Args:
@@ -56,10 +56,11 @@ class Schedule:
       slots: M, of each shard; at most N.
       windows: widths, ascending.
       steps: K, tokens that a chunk adds to each live completion.
+      active: slots of each shard that are used, one of `slot_counts`; None: all.
       compiled: (slots of all shards, window) of the programs to choose from, where one will do.
     """
     self._compiled = [(count // shards, window) for count, window in compiled]
-    self._counts = slot_counts(slots)
+    slots, self._counts = active or slots, slot_counts(slots)
     self._windows = windows
     self._steps = steps
     self._rows = np.tile(np.arange(slots, dtype=np.int32), (shards, 1))  # of each slot

@@ -82,6 +82,21 @@ def test_limits_cut_and_nothing_else(rollouts):
       draw(sample, bad)
 
 
+def test_half_the_slots_once_lengths_are_uneven():
+  limits = np.array([20, 1, 7, 3, 12, 5])  # on average 8
+  sample = sampler.make_sampler(plain.CONFIG, plain.sampler_for().options)
+  first = draw(sample, limits)
+  assert (6, 24) in shapes_of_chunks(sample)
+  before = sample.last_stats['steps']
+  plain.assert_same(draw(sample, limits), first)
+  assert sample.last_stats['steps'] > before  # in turns
+  assert sample.compilations <= 3 + len(schedule.slot_counts(6))  # with one window
+  plain.assert_same(draw(sample, np.full(6, 7)), draw(plain.sampler_for(), np.full(6, 7)))
+  before = sample.last_stats['steps']
+  draw(sample, np.full(6, 7))  # all alike, hence together again
+  assert sample.last_stats['steps'] < before
+
+
 @pytest.mark.slow
 def test_same_tokens_by_slots_on_a_mesh(rollouts):
   """Each of four shards decodes its own two completions, one after the other."""

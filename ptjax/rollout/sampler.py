@@ -159,7 +159,7 @@ class Sampler:
     compiled = [name[1:] for name, others in self._programs
                 if name[0] == 'chunk' and others == shapes]
     self._calls[shapes] += 1
-    on_cpu = next(iter(jax.tree.leaves(params)[0].devices())).platform == 'cpu'
+    on_cpu = next(iter(jax.tree.leaves(params)[0].sharding.device_set)).platform == 'cpu'
 
     prompts = self._fill_mesh(prompts)
     limits = np.pad(limits, (0, prompts.sample_ids.size - len(limits))).astype(np.int32)

@@ -14,9 +14,12 @@ from ptjax.data import batching
 from ptjax.data import packing
 
 _SAVES = 1.15  # times the packed cost, that rows as they are must cost before they are packed
-# A shape that is compiled already is taken up to so many times the cost of the cheapest one; with
-# every further shape a new one must save more.
-_NEAR, _NEARER = 1.15, 0.05
+# A shape that is compiled already is taken up to so many times the cost of the cheapest one. A
+# smaller one is compiled beside it so often at most, and a larger one with room for larger batches
+# (in rows; and, as the longest of many varies most, thrice over in width): so fifty batches of
+# geometric lengths take two or three shapes, most often all within the first ten.
+_NEAR, _SMALLER_SHAPES = 1.3, 1
+_ROOM, _ROOM_POWER = 1.2, 3
 _SPARE = 0.05  # of its rows, that a settled shape holds beyond what the batches seen need
 
 
@@ -84,10 +87,11 @@ class Packer:
     shape = min(known, key=self._cost, default=None)
     if self._settled and shape is not None:
       return need(shape[1])[0], shape
-    cheapest = min((self._shape(width, *need(width)[1:]) for width in _widths(lengths)),
-                   key=self._cost)
-    near = _NEAR + _NEARER * len(self.shapes)
-    if shape is None or self._cost(shape) > near * self._cost(cheapest):
+    cheapest = self._cheapest(lengths, need)
+    if shape is None:
+      grows = bool(self.shapes) and not self._settled
+      shape = self._cheapest(lengths, need, room=_ROOM) if grows else cheapest
+    elif len(self.shapes) <= _SMALLER_SHAPES and self._cost(shape) > _NEAR * self._cost(cheapest):
       shape = cheapest
     if not self._always and self._plain_cost(lengths) < _SAVES * self._cost(shape):
       return None
@@ -95,10 +99,17 @@ class Packer:
       self.shapes.append(shape)
     return need(shape[1])[0], shape
 
+  def _cheapest(self, lengths, need, room=1.0):
+    shapes = []
+    for width in _widths(lengths, room):
+      _, count, most = need(width)
+      shapes.append(self._shape(width, count * room, most * room))
+    return min(shapes, key=self._cost)
+
   def _shape(self, width, count, most):
     """(R, W, M) of rows of a width, given how many and how many targets in one there must be."""
     eighth = max(1, width // 8)
-    return self._rows(count), width, min(width, -(-most // eighth) * eighth)
+    return self._rows(count), width, min(width, math.ceil(most / eighth) * eighth)
 
   def _rows(self, count):
     """A number of rows for batches that need about `count`; few different ones come out."""
@@ -145,10 +156,10 @@ class _Lengths:
     self.longest = int(whole.max())
 
 
-def _widths(lengths):
+def _widths(lengths, room=1.0):
   """Widths of rows worth a look: from just above the longest sequence to about twice that."""
   (_, s), (_, t) = lengths.plain
-  first = batching.bucket(lengths.longest)
+  first = batching.bucket(min(math.ceil(lengths.longest * room**_ROOM_POWER), s + t))
   found = {first, batching.bucket(first + 1), batching.bucket(batching.bucket(first + 1) + 1)}
   return sorted(found | {s + t})
 

@@ -119,6 +119,9 @@ class RolloutSettings:
   def __post_init__(self):
     for name in ('num_prompts', 'group_size', 'max_completion_tokens'):
       _positive(f'rollout.{name}', getattr(self, name))
+    if self.slots < 0:
+      raise UserError(f'rollout.slots={self.slots}: expected how many completions to decode at '
+                      'once, 0 to leave it to the sampler')
     if not 0 <= self.reference_share <= 1:
       raise UserError(f'rollout.reference_share={self.reference_share}: expected a fraction')
     if self.extra_rollouts is not None and self.extra_rollouts < 0:

@@ -49,6 +49,9 @@ def test_override_reads_the_value_by_its_type(assignment, path, value):
     ('training.steps=0', 'must be positive'),
     ('data.overlong=cut', 'expected one of drop, truncate, error'),
     ('rollout.temperature=0', 'must be positive'),
+    ('rollout.slots=-1', 'expected how many'),
+    ('device.memory_fraction=1.5', 'expected a fraction'),
+    ('model_settings.attention=flash', 'expected one of auto, xla, cudnn'),
     ('model_settings.dtype=float16', 'expected one of float32, bfloat16'),
     ('eval.k=8', 'needs eval.samples of at least 8'),
 ])

@@ -328,6 +328,7 @@ def make_generate(config, policy, mesh):
           temperature=0.0 if greedy else config.eval.temperature)
       samplers[samples, greedy] = sampler.make_sampler(
           policy.config, options, mesh=mesh, decode_text=policy.tokenizer.decode)
+    samplers[samples, greedy].memory = {}  # so that no evaluation depends on those before it
     parts = sharding.batch_size(mesh)
     size = -(-min(config.eval.batch_size, len(rows)) // parts) * parts
     everything = doors[samples].take(range(len(rows)))

@@ -62,6 +62,7 @@ class StageRun:
     merge = functools.partial(trained.whole, self._config.lora)
     self._merge = jax.jit(merge, out_shardings=sharding.tree_sharding(mesh, shapes))
     self._forward = assembly.make_forward(plan, policies)
+    self._samplers = {}
     self._packer = packing.Packer(
         width=self._policy.config.width,
         multiple=sharding.batch_size(mesh) * self._config.training.micro_batches,
@@ -239,16 +240,17 @@ class StageRun:
     """Returns where the stage's batches come from."""
     config, door = self._config, self._data.doors[self.plan.stage.index]
     if self.bound.own_turn is not None:
-      return offline.MixedSource(door, self._sampler(*self.drawn_by()['policy']),
-                                 self.bound.own_turn, seed=config.seed, mesh=self._mesh)
+      draw = self._sampler('policy', *self.drawn_by()['policy'])
+      return offline.MixedSource(door, draw, self.bound.own_turn, seed=config.seed,
+                                 mesh=self._mesh, samplers=self._samplers)
     if not self.plan.online:
       return offline.OfflineSource(door, mesh=self._mesh, lay_out=self.lay_out)
-    samplers = {name: self._sampler(*who) for name, who in self.drawn_by().items()}
+    samplers = {name: self._sampler(name, *who) for name, who in self.drawn_by().items()}
     log_probs = {name: self._pass(*what) for name, what in self.passes().items()}
     return online.RolloutSource(
         self.collector(door, samplers, log_probs, self._data.rewards), config.training,
         seed=config.seed, mesh=self._mesh, samples_every=config.log.samples_every,
-        packer=self._packer)
+        packer=self._packer, samplers=self._samplers)
 
   def collector(self, door, samplers, log_probs, reward_set):
     """Returns what makes batches of prompts (see experience.Collector for the arguments)."""
@@ -311,10 +313,11 @@ class StageRun:
     functions = filter(None, (self.bound.loss, self.bound.estimator))
     return {name for function in functions for name in inspect.signature(function).parameters}
 
-  def _sampler(self, role, options):
+  def _sampler(self, name, role, options):
     policy = self._policies['teacher' if role == 'teacher' else 'policy']
     draw = sampler.make_sampler(policy.config, options, mesh=self._mesh,
                                 decode_text=self._policy.tokenizer.decode)
+    self._samplers[name] = draw
     if role == 'policy':
       return lambda params, prompts, key: draw(self.whole(params), prompts, key)
     if role == 'mixture':

@@ -1,6 +1,5 @@
 """Prompts in, completions out: compiled programs and the host loop between them."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -83,7 +82,7 @@ def make_sampler(config, options, *, mesh=None, decode_text=None, gather_weights
 
 
 class Sampler:
-  """Samples completions; keeps nothing between calls but compiled programs.
+  """Samples completions; keeps compiled programs between calls, and `memory`.
 
   Token t of a completion is drawn with `fold_in(key of (rollout key, prompt id, sample id), t)`,
   so it is the same in any batch, order, slot, padding, chunk, window or mesh, as far as the logits
@@ -104,6 +103,8 @@ class Sampler:
     last_stats: of the last call: `chunks` and `steps` decoded, `prefill_tokens` and
       `decode_tokens` that count, without padding, and `busy_fraction`, the share of the slots'
       steps that made one of those.
+    memory: what earlier calls taught about how to schedule, which moves results by rounding alone;
+      of JSON's types. A run that goes on bit for bit puts it back.
   """
 
   def __init__(self, config, options, mesh, decode_text, gather_weights):
@@ -114,8 +115,7 @@ class Sampler:
     self._decode_text = decode_text
     self._gather_weights = gather_weights
     self._programs = {}
-    self._calls = collections.Counter()  # by what programs are compiled for
-    self._uneven = False  # whether the last completions were of such lengths
+    self.memory = {}
     # Even chunks: 59 steps in chunks of at most 16 are 4 of 15, not 3 of 16 and one of 11.
     steps = options.max_tokens - 1  # the prefill draws the first token
     chunks = -(-steps // options.chunk)
@@ -125,6 +125,19 @@ class Sampler:
   @property
   def compilations(self):
     return len(self._programs)
+
+  @property
+  def memory(self):
+    used = [[*shape, self._calls[shape], sorted(map(list, self._used[shape]))]
+            for shape in sorted(self._calls)]
+    return {'uneven': self._uneven, 'used': used}
+
+  @memory.setter
+  def memory(self, found):
+    self._uneven = found.get('uneven', False)  # whether the last completions were of such lengths
+    # By (P, S) of the prompts: calls, and (slots, window) of the chunks they decoded.
+    self._calls = {(p, s): calls for p, s, calls, _ in found.get('used', ())}
+    self._used = {(p, s): set(map(tuple, chunks)) for p, s, _, chunks in found.get('used', ())}
 
   def __call__(self, params, prompts, key, limits=None):
     """Samples `group_size` completions for each prompt.
@@ -156,9 +169,9 @@ class Sampler:
         (leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(params)))
     shapes = prompts.tokens.shape, impl, params_shapes
     run = functools.partial(self._run, shapes)
-    compiled = [name[1:] for name, others in self._programs
-                if name[0] == 'chunk' and others == shapes]
-    self._calls[shapes] += 1
+    shape = prompts.tokens.shape
+    calls = self._calls[shape] = self._calls.get(shape, 0) + 1
+    used = self._used.setdefault(shape, set())
     on_cpu = next(iter(jax.tree.leaves(params)[0].sharding.device_set)).platform == 'cpu'
 
     prompts = self._fill_mesh(prompts)
@@ -186,16 +199,19 @@ class Sampler:
         sharding.put(np.asarray(jax.random.key_data(key)), place.whole),
         sharding.put(limits, place.rows), out=(place.kv, place.kv, place.rows, place.whole))
     made, cuts = self._decode(
-        run, place, weights, store, own, made, status, everything,
+        run, place, weights, store, own, made, status, everything, used,
         schedule.Schedule(shards, per_shard, slots, self._windows, self._steps,
-                          compiled if self._calls[shapes] > _CALLS_THAT_COMPILE else (),
+                          sorted(used) if calls > _CALLS_THAT_COMPILE else (),
                           active=-(-slots // 2) if halve else slots))
     self.last_stats['prefill_tokens'] = int(prompts.lengths[:num_prompts].sum())
     return run('finish', functools.partial(decoding.finish, self.options, num_prompts=num_prompts),
                made, cuts, out=place.whole)
 
-  def _decode(self, run, place, weights, store, own, made, status, rows, plan):
-    """Decodes chunk by chunk until every completion is done; returns them and their cuts."""
+  def _decode(self, run, place, weights, store, own, made, status, rows, used, plan):
+    """Decodes chunk by chunk until every completion is done; returns them and their cuts.
+
+    Adds each chunk's (slots, window) to `used`.
+    """
     def chunk(window, weights, store, own, made, cuts, slots, rows):
       start = made.length
       own, made = decoding.run_chunk(
@@ -228,10 +244,11 @@ class Sampler:
           ('chunk', rows.size, turn.window), functools.partial(chunk, turn.window),
           weights, store, own, made, placed_cuts, sharding.put(turn.slots, place.rows),
           sharding.put(rows, place.rows), out=(place.kv, place.rows, place.whole), donate=(2, 3))
+      used.add((rows.size, turn.window))
       chunks += 1
       slot_steps += rows.size * self._steps
     lengths = np.minimum(status['length'], cuts)
-    self._uneven = 2 * lengths.sum() < lengths.max() * np.count_nonzero(lengths)
+    self._uneven = bool(2 * lengths.sum() < lengths.max() * np.count_nonzero(lengths))
     self.last_stats = {
         'chunks': chunks, 'steps': chunks * self._steps, 'decode_tokens': int(lengths.sum()),
         'busy_fraction': float(np.maximum(lengths - 1, 0).sum() / max(1, slot_steps))}

@@ -7,6 +7,7 @@ import numpy as np
 from ptjax import keys
 from ptjax import sharding
 from ptjax import types
+from ptjax.training import state as training_state
 from ptjax.training import step as training_step
 
 
@@ -52,11 +53,13 @@ class MixedSource(OfflineSource):
     own_turn: `key -> [] bool`, whether a batch is the policy's own.
     seed: the run's seed.
     mesh: where batches are placed, or None.
+    samplers: name -> rollout.sampler.Sampler that `draw` draws with.
   """
   waits_for_params = True  # sampling needs the newest
 
-  def __init__(self, door, draw, own_turn, *, seed, mesh=None):
+  def __init__(self, door, draw, own_turn, *, seed, mesh=None, samplers=None):
     super().__init__(door, mesh=mesh)
+    self._samplers = samplers or {}
     self._draw, self._own_turn, self._seed = draw, own_turn, seed
 
   def batch(self, params, step, loss_state=None):
@@ -75,3 +78,12 @@ class MixedSource(OfflineSource):
     metrics = {'epoch': self._door.epoch(step), 'train_tokens': int(drawn.loss_mask.sum()),
                'distillation/own_samples': 1.0, 'timing_s/rollout': time.perf_counter() - started}
     return training_step.place(batch, self._mesh), metrics, None
+
+  def pending(self, step):
+    """What a checkpoint must hold: how the next completions are drawn depends on it, by rounding."""
+    del step
+    return None, training_state.memories(self._samplers)
+
+  def restore(self, arrays, metrics):
+    del arrays
+    training_state.remember(self._samplers, dict(metrics))

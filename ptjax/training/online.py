@@ -6,9 +6,8 @@ import numpy as np
 from ptjax import keys
 from ptjax import types
 from ptjax.training import experience
+from ptjax.training import state as training_state
 from ptjax.training import step as training_step
-
-_SHAPES = 'packed_shapes'  # beside the metrics of a pending rollout
 
 
 class RolloutSource:
@@ -22,16 +21,19 @@ class RolloutSource:
     samples_every: optimizer steps between rollouts that give samples; the stage's first and last
       rollout always do.
     packer: packing.Packer of the batches, or None.
+    samplers: name -> rollout.sampler.Sampler that the collector draws with.
   """
   waits_for_params = True  # sampling needs the newest, so nothing is gained by running ahead
 
-  def __init__(self, collector, training, *, seed, mesh=None, samples_every=1, packer=None):
+  def __init__(self, collector, training, *, seed, mesh=None, samples_every=1, packer=None,
+               samplers=None):
     self._collector = collector
     self._training = training
     self._seed = seed
     self._mesh = mesh
     self._samples_every = samples_every
     self._packer = packer
+    self._learners = {**(samplers or {}), **({'packer': packer} if packer is not None else {})}
     self._experience = None
     self.updates_per_rollout = training.mini_batches * training.epochs
 
@@ -81,10 +83,10 @@ class RolloutSource:
   def pending(self, step):
     """What a checkpoint after `step` steps must hold: the rollout in the middle of its updates.
 
-    Its batch is held as it was drawn; packing follows from it and from the shapes so far.
+    Its batch is held as it was drawn. How it is packed and how the next one is drawn also depends,
+    by rounding, on what packer and samplers have seen.
     """
-    shapes = self._packer.shapes if self._packer is not None else []
-    metrics = {_SHAPES: shapes} if shapes else {}
+    metrics = training_state.memories(self._learners)
     if step % self.updates_per_rollout == 0:
       return None, metrics
     batch = self._experience.batch
@@ -96,9 +98,7 @@ class RolloutSource:
   def restore(self, arrays, metrics):
     """Takes back what `pending` gave."""
     metrics = dict(metrics)
-    shapes = metrics.pop(_SHAPES, [])
-    if self._packer is not None:
-      self._packer.shapes = [tuple(shape) for shape in shapes]
+    training_state.remember(self._learners, metrics)
     if arrays is None:
       return
     arrays = dict(arrays)

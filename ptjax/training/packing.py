@@ -43,6 +43,15 @@ class Packer:
     self._width, self._multiple, self._always = width, multiple, always
     self._settled = False
 
+  @property
+  def memory(self):
+    """The shapes, as JSON has them."""
+    return [list(shape) for shape in self.shapes]
+
+  @memory.setter
+  def memory(self, found):
+    self.shapes = [tuple(shape) for shape in found]
+
   def settle(self, batches):
     """Chooses the one cheapest shape that holds every batch, and keeps to it.
 

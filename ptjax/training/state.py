@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from ptjax import sharding
 
+_MEMORY = 'memory/'
+
 
 @struct.dataclass
 class TrainState:
@@ -33,3 +35,14 @@ def shardings(mesh, params, optimizer, loss_state=None, *, follows=False):
   """The sharding of every leaf of the state, from the one table."""
   shapes = jax.eval_shape(lambda p: init(p, optimizer, loss_state, follows=follows), params)
   return sharding.tree_sharding(mesh, shapes)
+
+
+def memories(learners):
+  """What objects with a `memory` have learnt, in a dict of JSON's types that goes with metrics."""
+  return {_MEMORY + name: learner.memory for name, learner in learners.items()}
+
+
+def remember(learners, metrics):
+  """Gives the objects back what `memories` found; takes it out of `metrics`."""
+  for name, learner in learners.items():
+    learner.memory = metrics.pop(_MEMORY + name)

@@ -1,6 +1,7 @@
 """Completions that take turns in slots are those that are decoded all at once."""
 
 import dataclasses
+import json
 import pathlib
 import sys
 
@@ -129,3 +130,27 @@ def test_few_programs_for_all_lengths(monkeypatch):
   shapes = len(schedule.window_sizes(40)) * len(schedule.slot_counts(4))
   assert shapes == 9 and 6 < programs[-1] <= shapes + 3
   assert programs[9] == programs[-1]
+
+
+@pytest.mark.slow
+def test_a_sampler_that_remembers_goes_on_bit_for_bit(monkeypatch):
+  monkeypatch.setattr(schedule, '_FIRST_WINDOW', 8)
+  prompts = plain.make_prompts(num=8, group=2)
+  options = sampler.SamplingOptions(max_tokens=40, group_size=2, chunk=4)
+  rng = np.random.default_rng(0)
+  limits = np.minimum(rng.geometric(0.1, (12, 16)), 40)
+
+  def call(sample, step):
+    found = sample(plain.params_of(plain.CONFIG), prompts, keys.stream(0, 'rollout', step),
+                   limits[step])
+    return plain.fetch(found), sample.last_stats
+
+  straight, resumed, forgetful = (sampler.make_sampler(plain.CONFIG, options) for _ in range(3))
+  for step in range(9):
+    call(straight, step)
+  resumed.memory = json.loads(json.dumps(straight.memory))
+  for step in range(9, 12):
+    (expected, stats), (found, its_stats) = call(straight, step), call(resumed, step)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert its_stats == stats
+  assert call(forgetful, 11)[1] != stats  # what was remembered did matter

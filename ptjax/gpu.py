@@ -27,7 +27,8 @@ def prepare(device):
 
 def has_plugin():
   """Whether JAX could use an NVIDIA GPU here."""
-  return 'cuda' in os.environ.get('JAX_PLATFORMS', 'cuda') and any(
+  asked = os.environ.get('JAX_PLATFORMS', '')  # none, also by an empty text: whatever there is
+  return (not asked or not {'cuda', 'gpu'}.isdisjoint(asked.split(','))) and any(
       importlib.util.find_spec(f'jax_cuda{version}_plugin') for version in (12, 13))
 
 

@@ -1,5 +1,6 @@
 """The front door: `python -m ptjax.launch --algo=grpo`. All absl flags, no logic of its own."""
 
+import dataclasses
 import sys
 import traceback
 
@@ -95,7 +96,8 @@ def main(argv):
       return 0
     config = resolve(values)
     from ptjax import gpu
-    gpu.prepare(config.device)
+    gpu.prepare(dataclasses.replace(config.device, preallocate=False) if values['plan']
+                else config.device)  # a job may be using the GPU that a plan is made on
     from ptjax import assembly
     assembly.start_processes(values['coordinator'], values['num_processes'], values['process_id'])
     if values['plan']:

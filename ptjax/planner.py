@@ -106,7 +106,6 @@ def plan(config):
 
 def planning_mesh(text):
   """Builds the mesh, on virtual CPU devices if the machine has fewer than it names."""
-  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a job may use the GPU now
   sizes = [part.partition('=')[2].strip() for part in text.split(',') if part.strip()]
   count = math.prod(map(int, sizes)) if sizes and all(re.fullmatch(r'\d+', s) for s in sizes) else 0
   if not count:  # left to the machine's own devices, or malformed, which make_mesh explains

@@ -1,6 +1,7 @@
 """Tests of what a GPU is told before JAX starts it."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -8,6 +9,11 @@ import pytest
 
 from ptjax import config as settings
 from ptjax import gpu
+from ptjax import job
+from ptjax import planner
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import job_runs
 
 
 def test_the_users_own_flags_win():
@@ -38,8 +44,31 @@ def test_nor_where_jax_is_told_to_stay_on_the_cpu(monkeypatch):
   monkeypatch.setattr(gpu.importlib.util, 'find_spec', lambda name: object())
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   assert not gpu.has_plugin()
-  monkeypatch.setenv('JAX_PLATFORMS', 'cuda,cpu')
+
+
+@pytest.mark.parametrize('platforms', ['cuda,cpu', 'cpu,cuda', 'gpu', 'cpu,gpu', '', None])
+def test_every_way_of_asking_jax_for_a_gpu_counts(monkeypatch, platforms):
+  monkeypatch.setattr(gpu.importlib.util, 'find_spec', lambda name: object())
+  if platforms is None:
+    monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+  else:
+    monkeypatch.setenv('JAX_PLATFORMS', platforms)
   assert gpu.has_plugin()
+
+
+@pytest.mark.parametrize('arguments, taken', [(['--plan'], 'false'), ([], 'true')])
+def test_a_plan_takes_no_memory_beforehand_for_a_job_may_run_there(
+    monkeypatch, arguments, taken):
+  monkeypatch.setenv('XLA_FLAGS', os.environ.get('XLA_FLAGS', ''))  # so that it is put back
+  monkeypatch.setenv('XLA_PYTHON_CLIENT_PREALLOCATE', '')
+  monkeypatch.delenv('XLA_PYTHON_CLIENT_PREALLOCATE')
+  monkeypatch.setattr(gpu, 'has_plugin', lambda: True)
+  found = []
+  look = lambda *_, **__: found.append(os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'])
+  monkeypatch.setattr(planner, 'plan', look)
+  monkeypatch.setattr(job, 'run', look)
+  assert job_runs.launch_here(arguments) == 0
+  assert found == [taken]
 
 
 @pytest.mark.slow

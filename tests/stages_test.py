@@ -80,7 +80,7 @@ def test_a_hyperparameter_goes_to_the_stages_that_know_it():
       for path in ('model=other', 'teacher=other', 'seed=1', 'out_dir=x', 'resume=never',
                    'mesh=fsdp=1', 'eval.limit=3', 'checkpoint.keep=3', 'log.samples=3',
                    'model_settings.dtype=bfloat16', 'reward=length', 'rewards.workers=1',
-                   'warm_start.steps=1', 'algo=sft')),
+                   'warm_start.steps=1', 'algo=sft', 'device.preallocate=false')),
 ])
 def test_settings_that_a_stage_cannot_have(assignment, message):
   with pytest.raises(settings.UserError) as raised:

@@ -56,8 +56,8 @@ class Schedule:
       slots: M, of each shard; at most N.
       windows: widths, ascending.
       steps: K, tokens that a chunk adds to each live completion.
-      active: slots of each shard that are used, one of `slot_counts`; None: all.
       compiled: (slots of all shards, window) of the programs to choose from, where one will do.
+      active: slots of each shard that are used, one of `slot_counts`; None: all.
     """
     self._compiled = [(count // shards, window) for count, window in compiled]
     slots, self._counts = active or slots, slot_counts(slots)
@@ -96,7 +96,7 @@ class Schedule:
   def _program(self, live, tokens):
     """The least (slots, window) for so many completions of so many tokens."""
     enough = [(count, window) for count, window in self._compiled
-              if count >= live and window >= tokens]
+              if live <= count <= self._rows.shape[1] and window >= tokens]
     if enough:  # a slot costs about as much as 500 tokens of its window
       return min(enough, key=lambda program: program[0] * (512 + program[1]))
     return (next(count for count in self._counts if count >= live),

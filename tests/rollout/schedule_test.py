@@ -75,6 +75,13 @@ def test_what_is_compiled_serves_where_it_can():
       lengths[:8], done[:8]).rows.shape == (1, 2)  # none will do
 
 
+def test_a_program_of_more_slots_than_are_used_will_not_do():
+  plan = schedule.Schedule(1, 8, 8, [8, 16], 4, compiled=[(8, 16)], active=2)
+  turn = plan.turn(np.full(8, 3), np.zeros(8, bool))
+  # Its window would, but with two slots it would be another program, and a wider one.
+  assert turn.rows.shape == (1, 2) and turn.window == 8
+
+
 def test_the_longest_that_lives_decides_not_one_that_is_done():
   plan = schedule.Schedule(1, 4, 4, [8, 16, 64], 4)
   turn = plan.turn(np.array([40, 5, 6, 50]), np.array([True, False, False, True]))

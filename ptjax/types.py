@@ -58,6 +58,7 @@ class TokenBatch:
 
   `inputs` holds the arrays a loss asks for by argument name (advantages [B] or [B, T],
   old_log_probs [B, T], reference_log_probs [B, T], ...); each has leading dimension B or P.
+  prompt_tokens and tokens are None where `packed` holds them in their place.
   """
   prompt_tokens: Any  # [P, S] int32
   prompt_lengths: Any  # [P] int32
@@ -66,8 +67,7 @@ class TokenBatch:
   on_policy: Any  # [] bool; True while the policy has not moved since it drew these tokens
   inputs: dict  # name -> array
   packing: Any = None  # Packing, or None: each row is a prompt and its completions
-  # PackedRows, which the forward pass then runs on, and which alone hold prompt_tokens and tokens.
-  packed: Any = None
+  packed: Any = None  # PackedRows, which the forward pass then runs on
 
 
 @struct.dataclass

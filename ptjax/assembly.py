@@ -187,8 +187,9 @@ def load_policy(config, *, num_labels=0):
 
 
 def _with_attention(model, config):
+  capability = getattr(jax.devices()[0], 'compute_capability', None)  # GPUs have one
   return dataclasses.replace(model, attention=flash.choose(
-      model, config.model_settings.attention, jax.default_backend()))
+      model, config.model_settings.attention, jax.default_backend(), capability))
 
 
 def check(plans, model, mesh):

@@ -127,6 +127,19 @@ def test_a_teacher_may_be_smaller_but_not_of_another_vocabulary(root, config_of)
   assert set(assembly.load_policies(config, stages.stage_plans(config))) == {'policy'}
 
 
+class _Gpu:
+  def __init__(self, compute_capability):
+    self.compute_capability = compute_capability
+
+
+@pytest.mark.parametrize('capability, found', [('8.0', 'xla'), ('9.0', 'cudnn')])
+def test_the_kernel_for_attention_is_one_that_the_device_has(monkeypatch, capability, found):
+  model = dataclasses.replace(presets.get('tiny'), dtype='bfloat16', head_dim=256)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(jax, 'devices', lambda: [_Gpu(capability)])
+  assert assembly._with_attention(model, settings.Config()).attention == found
+
+
 # What cannot work.
 
 

@@ -8,7 +8,7 @@ ACTIVATIONS = ('silu', 'gelu_tanh', 'gelu')
 NORMS = ('rms', 'layer')
 POSITIONS = ('rope', 'learned')
 DTYPES = ('float32', 'bfloat16', 'float16')
-ATTENTIONS = ('xla', 'cudnn', 'jax')
+ATTENTIONS = ('xla', 'cudnn')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,7 @@ class TransformerConfig:
   score_bias: bool = False  # that head has a bias: token classifiers have, reward models have not
   dtype: str = 'float32'  # compute
   param_dtype: str = 'float32'  # storage
-  # Who attends outside decoding: 'xla' is attention.py, 'cudnn' a fused kernel for GPUs (flash.py),
-  # 'jax' the same calls as that without the kernel, on any device.
+  # Who attends outside decoding: 'xla' is attention.py, 'cudnn' a fused kernel for GPUs (flash.py).
   attention: str = 'xla'
 
   def __post_init__(self):

@@ -1,7 +1,7 @@
 """Tests of attention by a fused kernel: the same numbers, and the kernel in a program for GPUs.
 
-No GPU is needed: 'jax' makes the calls that 'cudnn' makes without the kernel, and a program can be
-lowered for CUDA on any machine.
+No GPU is needed: the calls can be made without the kernel, and a program can be lowered for CUDA on
+any machine.
 """
 
 import dataclasses
@@ -12,17 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from ptjax import config as settings
 from ptjax import types
-from ptjax.models import config as config_lib
 from ptjax.models import flash
 from ptjax.models import policy
 from ptjax.models import transformer
 
-QWEN = config_lib.TransformerConfig(
-    family='qwen2', vocab_size=19, width=16, num_layers=2, num_heads=4, num_kv_heads=2,
-    mlp_width=24, max_length=32, qkv_bias=True)
+QWEN = tiny_models.QWEN
 MISTRAL = dataclasses.replace(QWEN, family='mistral', qkv_bias=False, layer_windows=(4, 4))
 RANDOM = np.random.default_rng(0)
 P, S, G, T = 2, 6, 3, 5
@@ -39,11 +37,6 @@ PACKING = types.Packing(
 ROWS = RANDOM.integers(0, 19, (2, 8)).astype(np.int32)
 
 
-def _params(config):
-  params = transformer.init(config, jax.random.key(0))
-  return jax.tree.map(lambda x: x + 0.3 * RANDOM.normal(size=x.shape).astype(x.dtype), params)
-
-
 @functools.partial(jax.jit, static_argnames=('config', 'packed'))
 def _weighted(config, params, packed):
   if packed:
@@ -56,11 +49,12 @@ def _weighted(config, params, packed):
 
 @pytest.mark.parametrize('packed', [False, True])
 @pytest.mark.parametrize('config', [QWEN, MISTRAL], ids=['global', 'window'])
-def test_same_numbers_as_attention_by_xla(config, packed):
-  params = _params(config)
+def test_same_numbers_as_attention_by_xla(monkeypatch, config, packed):
+  params = tiny_models.params(config)
   value = jax.value_and_grad(_weighted, argnums=1, has_aux=True)
   (_, ours), grads = value(config, params, packed)
-  (_, theirs), their_grads = value(dataclasses.replace(config, attention='jax'), params, packed)
+  monkeypatch.setattr(flash, '_IMPLEMENTATION', 'xla')  # the same calls without the kernel
+  (_, theirs), their_grads = value(dataclasses.replace(config, attention='cudnn'), params, packed)
   assert np.abs(ours['log_probs']).max() > 1  # attention has something to decide
   np.testing.assert_allclose(theirs['log_probs'], ours['log_probs'], atol=2e-5)
   scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads))
@@ -82,20 +76,33 @@ def test_a_program_for_gpus_calls_the_kernel_forward_and_backward(monkeypatch, p
   assert any('Backward' in call for call in calls) and any('Backward' not in c for c in calls)
 
 
-@pytest.mark.parametrize('change, wanted, platform, found', [
-    ({}, 'auto', 'gpu', 'cudnn'), ({}, 'auto', 'cpu', 'xla'), ({}, 'xla', 'gpu', 'xla'),
-    ({'dtype': 'float32'}, 'auto', 'gpu', 'xla'), ({'head_dim': 12}, 'auto', 'gpu', 'xla'),
-    ({'attention_softcap': 50.0}, 'auto', 'gpu', 'xla'),
-    ({'layer_windows': (0, 4)}, 'auto', 'gpu', 'xla'), ({}, 'cudnn', 'gpu', 'cudnn')])
-def test_the_kernel_is_taken_where_it_can_be(change, wanted, platform, found):
+@pytest.mark.parametrize('change, wanted, platform, capability, found', [
+    ({}, 'auto', 'gpu', '9.0', 'cudnn'), ({}, 'auto', 'cpu', None, 'xla'),
+    ({}, 'xla', 'gpu', '9.0', 'xla'), ({}, 'cudnn', 'gpu', '9.0', 'cudnn'),
+    ({'dtype': 'float32'}, 'auto', 'gpu', '9.0', 'xla'),
+    ({'head_dim': 12}, 'auto', 'gpu', '9.0', 'xla'),
+    ({'attention_softcap': 50.0}, 'auto', 'gpu', '9.0', 'xla'),
+    ({'layer_windows': (0, 4)}, 'auto', 'gpu', '9.0', 'xla'),
+    # Gemma's heads want Hopper, and nothing before Ampere has the kernel.
+    ({'head_dim': 256}, 'auto', 'gpu', '9.0', 'cudnn'),
+    ({'head_dim': 256}, 'auto', 'gpu', '12.0', 'cudnn'),
+    ({'head_dim': 264}, 'auto', 'gpu', '9.0', 'xla'),
+    ({'head_dim': 256}, 'auto', 'gpu', '8.0', 'xla'),
+    ({'head_dim': 136}, 'auto', 'gpu', '8.9', 'xla'),
+    ({'head_dim': 128}, 'auto', 'gpu', '8.0', 'cudnn'),
+    ({}, 'auto', 'gpu', '7.5', 'xla'), ({}, 'auto', 'gpu', 'gfx942', 'xla')])
+def test_the_kernel_is_taken_where_it_can_be(change, wanted, platform, capability, found):
   config = dataclasses.replace(QWEN, **{'dtype': 'bfloat16', 'head_dim': 16, **change})
-  assert flash.choose(config, wanted, platform) == found
+  assert flash.choose(config, wanted, platform, capability) == found
 
 
-@pytest.mark.parametrize('change, platform, reason', [
-    ({}, 'cpu', 'not on cpu'), ({'dtype': 'float32'}, 'gpu', 'bfloat16'),
-    ({'attention_softcap': 50.0}, 'gpu', 'cap'), ({'head_dim': 12}, 'gpu', 'heads of 12')])
-def test_asking_for_it_in_vain_says_why(change, platform, reason):
+@pytest.mark.parametrize('change, platform, capability, reason', [
+    ({}, 'cpu', None, 'not on cpu'), ({'dtype': 'float32'}, 'gpu', '9.0', 'bfloat16'),
+    ({'attention_softcap': 50.0}, 'gpu', '9.0', 'cap'),
+    ({'head_dim': 12}, 'gpu', '9.0', 'heads of 12; .* up to 256'),
+    ({'head_dim': 256}, 'gpu', '8.6', 'heads of 256; .* up to 128 on compute capability 8.6'),
+    ({}, 'gpu', '7.0', '8.0 or later, and this GPU has 7.0'), ({}, 'gpu', 'gfx90a', 'gfx90a')])
+def test_asking_for_it_in_vain_says_why(change, platform, capability, reason):
   config = dataclasses.replace(QWEN, **{'dtype': 'bfloat16', 'head_dim': 16, **change})
   with pytest.raises(settings.UserError, match=f'attention=cudnn.*{reason}'):
-    flash.choose(config, 'cudnn', platform)
+    flash.choose(config, 'cudnn', platform, capability)

@@ -59,12 +59,14 @@ class Examples:
             np.array([[len(c) for c in group] for group in self.completions]))
 
   def digest(self):
-    """Returns a hex digest of prompts and completions, in their order."""
+    """Returns a hex digest of prompts, completions and which tokens train, in their order."""
     found = hashlib.sha256()
-    for prompt, group in zip(self.prompts, self.completions):
+    for place, (prompt, group) in enumerate(zip(self.prompts, self.completions)):
       for ids in (prompt, *group):
         found.update(len(ids).to_bytes(8, 'little'))
         found.update(ids.astype('<i4').tobytes())
+      for which in range(len(group)):
+        found.update(np.packbits(self.mask(place, which)).tobytes())
       found.update(b'end')
     return found.hexdigest()
 

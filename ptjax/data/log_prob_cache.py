@@ -35,7 +35,7 @@ class Key:
   weights: str | None = ''  # `digest_params` or `digest_files`
   tokenizer: str | None = ''  # `digest_tokenizer`
   template: str | None = ''  # `digest_template`
-  rows: str | None = ''  # Examples.digest: the token ids themselves
+  rows: str | None = ''  # Examples.digest: token ids and which of them train
   settings: str | None = ''  # `digest_settings`, e.g. of a temperature
 
   def name(self):

@@ -123,7 +123,7 @@ def test_by_length_and_lengths():
   assert door.completion_lengths(3) == [len(c) for c in examples.completions[3]]
 
 
-def test_the_digest_depends_on_every_token_and_on_the_order():
+def test_the_digest_depends_on_every_token_on_which_train_and_on_the_order():
   base = _examples(5)
   assert base.digest() == _examples(5).digest()
   others = [_examples(4), _examples(5, seed=1), _examples(5, group_size=1)]
@@ -136,8 +136,14 @@ def test_the_digest_depends_on_every_token_and_on_the_order():
   joined = np.concatenate([shifted.prompts[2], shifted.completions[2][0]])
   shifted.prompts[2] = joined[:-1]
   shifted.completions[2] = (joined[-1:], shifted.completions[2][1])
-  digests = {e.digest() for e in (base, *others, moved, changed, shifted)}
-  assert len(digests) == 7
+  # Log-probs that are cached are 0 where nothing trained.
+  everything = [tuple(np.ones(len(c), bool) for c in group) for group in base.completions]
+  masked = [tuple(mask.copy() for mask in group) for group in everything]
+  masked[4][1][-1] = False
+  assert _examples(5, masks=everything).digest() == base.digest()
+  digests = {e.digest() for e in (base, *others, moved, changed, shifted,
+                                  _examples(5, masks=masked))}
+  assert len(digests) == 8
 
 
 def test_the_end_token_trains_where_padding_is_the_same_id(shared_data):

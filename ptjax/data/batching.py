@@ -71,13 +71,14 @@ class Shapes:
     return [tuple(map(int, size)) for size in self._sizes]
 
   def cover(self, need):
-    """Returns the cheapest size that holds `need`; a need beyond all of them adds one."""
+    """Returns the cheapest size that holds `need`; one beyond all of them gets one of its own.
+
+    That is not remembered: a batch is of the same size whichever came before it.
+    """
     need = np.asarray(need, np.int64)
     fits = (self._sizes >= need).all(-1)
     if not fits.any():
-      largest = np.maximum(self._sizes.max(0), self._round(need[None], bucket)[0])
-      self._sizes = np.concatenate([self._sizes, largest[None]])
-      fits = (self._sizes >= need).all(-1)
+      return tuple(map(int, np.maximum(self._sizes.max(0), self._round(need[None], bucket)[0])))
     costs = np.where(fits, self._cost(self._sizes), np.inf)
     return tuple(map(int, self._sizes[int(np.argmin(costs))]))
 

@@ -60,9 +60,10 @@ def test_joining_costs_as_little_as_the_best_choice_of_sizes():
   assert sum(_area(np.array(shapes.cover(need))) for need in many) == best
 
 
-def test_a_need_beyond_all_shapes_adds_one():
-  shapes = batching.Shapes(np.array([[8, 16]]), _area, caps=(None, 100))
-  assert shapes.cover((9, 3)) == (16, 16)
-  assert shapes.cover((3, 97)) == (16, 100)  # no larger than the cap
-  assert shapes.cover((8, 8)) == (8, 16)
-  assert len(shapes.sizes) == 3
+def test_a_need_beyond_all_shapes_gets_the_same_whatever_came_before():
+  needs = [((9, 3), (16, 16)), ((3, 97), (8, 100)), ((8, 8), (8, 16)), ((20, 17), (32, 32))]
+  for order in (needs, needs[::-1]):
+    shapes = batching.Shapes(np.array([[8, 16]]), _area, caps=(None, 100))
+    for need, size in order:
+      assert shapes.cover(need) == size  # (3, 97): no larger than the cap
+    assert shapes.sizes == [(8, 16)]

@@ -28,6 +28,7 @@ from ptjax.rewards import combine
 from ptjax.training import offline
 from ptjax.training import online
 
+_LOOKED_AT = 64  # packed batches
 _RANKED = 4  # completions of a ranked row of filler; a real row says itself
 
 
@@ -92,9 +93,7 @@ def _of_rows(made, door):
   """Takes the door's widest batch or, where the policy may answer itself, its answers if wider."""
   if made.reads_reference:
     reference.attach_zeros(door)
-  # Packed rows are all of one size.
-  packs = made.plan.packs_completions
-  batch, draws = made.lay_out(door.batch(0)) if packs else door.widest(), []
+  batch, draws = _widest(made, door), []
   share = 1.0 if made.bound.own_turn is None else _own_share(made)
   if made.bound.own_turn is not None and share:
     shown = types.SimpleNamespace(batch=lambda step: batch, epoch=lambda step: 0.0,
@@ -104,6 +103,14 @@ def _of_rows(made, door):
     batch = max(batch, own, key=lambda either: either.tokens.size)
   return Widest(_shapes(batch), rows_of(batch), draws, {}, draw_share=share,
                 batches=door.steps_per_epoch)
+
+
+def _widest(made, door):
+  """The widest batch; of packed ones the fullest of the first, as nearly none is like the widest."""
+  if not made.plan.packs_completions:
+    return door.widest()
+  packed = [made.lay_out(door.batch(step)) for step in range(min(door.steps_per_epoch, _LOOKED_AT))]
+  return max(packed, key=lambda batch: batch.packed.rows.prompt_tokens.size)
 
 
 def _own_share(made):

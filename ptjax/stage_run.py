@@ -26,9 +26,6 @@ from ptjax.training import state as training_state
 from ptjax.training import step as training_step
 from ptjax.training import trained
 
-_KNOWN_BATCHES = 32  # of a data set, that are looked at to choose the shape of packed rows
-
-
 class StageRun:
   """What a stage trains with.
 
@@ -63,14 +60,11 @@ class StageRun:
     self._merge = jax.jit(merge, out_shardings=sharding.tree_sharding(mesh, shapes))
     self._forward = assembly.make_forward(plan, policies)
     self._samplers = {}
-    self._packer = packing.Packer(
+    self._packers = packing.packers(
+        None if plan.online else data.doors.get(plan.stage.index),
         width=self._policy.config.width,
         multiple=sharding.batch_size(mesh) * self._config.training.micro_batches,
-        always=not plan.online,
-    ) if plan.packs_completions else None
-    door = data.doors.get(plan.stage.index)
-    if self._packer is not None and door is not None and not plan.online:
-      self._packer.settle(map(door.batch, range(min(door.steps_per_epoch, _KNOWN_BATCHES))))
+    ) if plan.packs_completions else {}
 
   # --- state
 
@@ -218,9 +212,9 @@ class StageRun:
         self._frozen[role] = self._policies[role].load(self._place)
     self._teach_self()
 
-  def lay_out(self, batch):
-    """A host batch, with packed rows where the stage packs them."""
-    return batch if self._packer is None else self._packer(batch)
+  def lay_out(self, batch, use='update'):
+    """A host batch, with packed rows where the stage packs them; `use` is 'update' or 'pass'."""
+    return self._packers[use](batch) if self._packers else batch
 
   # --- what the loop calls
 
@@ -250,7 +244,7 @@ class StageRun:
     return online.RolloutSource(
         self.collector(door, samplers, log_probs, self._data.rewards), config.training,
         seed=config.seed, mesh=self._mesh, samples_every=config.log.samples_every,
-        packer=self._packer, samplers=self._samplers)
+        lay_out=self.lay_out, learners={**self._samplers, **self._packers})
 
   def collector(self, door, samplers, log_probs, reward_set):
     """Returns what makes batches of prompts (see experience.Collector for the arguments)."""
@@ -347,7 +341,7 @@ class StageRun:
   def _host_outputs(self, role, output='log_probs'):
     step = self.pass_step(role, output)
     return lambda params, batch: sharding.fetch(
-        step(params, training_step.place(self.lay_out(batch), self._mesh), frozen=self._frozen))
+        step(params, training_step.place(self.lay_out(batch, 'pass'), self._mesh), frozen=self._frozen))
 
   # --- the reference of an offline stage
 

@@ -14,6 +14,7 @@ from ptjax import overrides
 from ptjax import sharding
 from ptjax import stage_run
 from ptjax import stages
+from ptjax import types
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import job_runs
@@ -100,3 +101,21 @@ def test_shapes_are_those_of_what_begins(begin):
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == wanted
     frozen = jax.tree.map(lambda s: (s.shape, s.dtype, s.sharding), made.frozen_shapes())
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), made._frozen) == frozen
+
+
+def test_passes_over_whole_rollouts_do_not_shape_the_rows_of_updates(begin):
+  lengths = np.random.default_rng(0).geometric(1 / 8, 64).clip(max=24)
+
+  def batch_of(prompts):
+    mask = np.arange(24) < lengths[:8 * prompts, None]
+    return types.TokenBatch(
+        prompt_tokens=np.ones((prompts, 4), np.int32), prompt_lengths=np.full(prompts, 4, np.int32),
+        tokens=np.ones(mask.shape, np.int32), loss_mask=mask, on_policy=np.asarray(True), inputs={})
+
+  rows = {}
+  for passes in (0, 1):
+    made, _, _ = begin('grpo', 'training.mini_batches=4')
+    for _ in range(passes):
+      assert made.lay_out(batch_of(8), 'pass').packed is not None
+    rows[passes] = made.lay_out(batch_of(2)).packed.rows.prompt_tokens.shape
+  assert rows[0] == rows[1]

@@ -69,7 +69,9 @@ class OfflineDoor:
 
   def in_turn(self):
     """Returns all places [N] in an order in which batches of neighbours cost little."""
-    return self.by_length() if self._bucket else np.arange(len(self))
+    if self._bucket:
+      return self.by_length()
+    return np.random.default_rng(0).permutation(len(self))  # the file itself may be sorted
 
   def by_length(self):
     """Returns all places [N] ordered by length: batches of neighbours hold little padding."""
@@ -80,7 +82,7 @@ class OfflineDoor:
     return [len(completion) for completion in self.examples.completions[place]]
 
   def digest(self):
-    """Returns a hex digest of all token ids, in example order."""
+    """Returns a hex digest of all token ids and which of them train, in example order."""
     return self.examples.digest()
 
   def attach(self, name, values):

@@ -20,20 +20,20 @@ class RolloutSource:
     mesh: where batches are placed, or None.
     samples_every: optimizer steps between rollouts that give samples; the stage's first and last
       rollout always do.
-    packer: packing.Packer of the batches, or None.
-    samplers: name -> rollout.sampler.Sampler that the collector draws with.
+    lay_out: `batch -> batch` of an update, which may pack it.
+    learners: name -> object whose `memory` a checkpoint must hold: samplers, packers.
   """
   waits_for_params = True  # sampling needs the newest, so nothing is gained by running ahead
 
-  def __init__(self, collector, training, *, seed, mesh=None, samples_every=1, packer=None,
-               samplers=None):
+  def __init__(self, collector, training, *, seed, mesh=None, samples_every=1,
+               lay_out=lambda batch: batch, learners=None):
     self._collector = collector
     self._training = training
     self._seed = seed
     self._mesh = mesh
     self._samples_every = samples_every
-    self._packer = packer
-    self._learners = {**(samplers or {}), **({'packer': packer} if packer is not None else {})}
+    self._lay_out = lay_out
+    self._learners = learners or {}
     self._experience = None
     self.updates_per_rollout = training.mini_batches * training.epochs
 
@@ -55,9 +55,7 @@ class RolloutSource:
       metrics = {k: v for k, v in metrics.items() if not k.startswith(('timing_s/', 'perf/'))}
     metrics['rollout_tokens'] = int(whole.loss_mask.sum()) if update == 0 else 0
     metrics['train_tokens'] = int(batch.loss_mask.sum())
-    if self._packer is not None:
-      batch = self._packer(batch)
-    return training_step.place(batch, self._mesh), metrics, samples
+    return training_step.place(self._lay_out(batch), self._mesh), metrics, samples
 
   def complete(self, step, metrics):
     """Completes the metrics of `step`, in place, once the device has given them.
@@ -84,7 +82,7 @@ class RolloutSource:
     """What a checkpoint after `step` steps must hold: the rollout in the middle of its updates.
 
     Its batch is held as it was drawn. How it is packed and how the next one is drawn also depends,
-    by rounding, on what packer and samplers have seen.
+    by rounding, on what packers and samplers have seen.
     """
     metrics = training_state.memories(self._learners)
     if step % self.updates_per_rollout == 0:

@@ -20,7 +20,25 @@ _SAVES = 1.15  # times the packed cost, that rows as they are must cost before t
 # geometric lengths take two or three shapes, most often all within the first ten.
 _NEAR, _SMALLER_SHAPES = 1.3, 1
 _ROOM, _ROOM_POWER = 1.2, 3
-_SPARE = 0.05  # of its rows, that a settled shape holds beyond what the batches seen need
+# Of the batches of a data set, the share that the usual shape holds; another for all is compiled
+# where it costs so many times more, and has so many spare rows, as a share.
+_USUAL, _NEAR_USUAL, _SPARE = 0.9, 1.1, 0.05
+_KNOWN_EXAMPLES, _KNOWN_BATCHES = 4096, 8  # of a data set, looked at to choose its shapes
+
+
+def packers(door, **arguments):
+  """The Packers of a stage: 'update', and 'pass' for scoring, which online takes whole rollouts.
+
+  Args:
+    door: data.offline.OfflineDoor of the rows, whose batches are known beforehand; None: rollouts.
+    **arguments: see Packer.
+  """
+  if door is None:
+    return {'update': Packer(**arguments), 'pass': Packer(**arguments)}
+  packer = Packer(always=True, **arguments)
+  count = max(_KNOWN_BATCHES, _KNOWN_EXAMPLES // door.order.batch_size)
+  packer.settle(map(door.batch, range(min(door.steps_per_epoch, count))), door.widest())
+  return {'update': packer, 'pass': packer}
 
 
 class Packer:
@@ -52,20 +70,31 @@ class Packer:
   def memory(self, found):
     self.shapes = [tuple(shape) for shape in found]
 
-  def settle(self, batches):
-    """Chooses the one cheapest shape that holds every batch, and keeps to it.
+  def settle(self, batches, widest):
+    """Chooses three shapes of one width, and keeps to them: a layout then depends on its batch alone.
 
-    For data sets, whose batches are known before they come. One that does not fit after all is
-    given a shape of its own, which is not remembered: so a layout depends on its batch alone.
+    For data sets, whose batches are known before they come: one shape for most batches, one for
+    all that were seen, and one, hardly ever compiled, for the widest that could come.
+
+    Args:
+      batches: types.TokenBatches as a run will see them.
+      widest: the batch of the longest rows.
     """
     lengths = [_Lengths(batch) for batch in batches]
-    longest = max(lengths, key=lambda one: one.longest)
-    shapes = []
-    for width in _widths(longest):
-      fits = [_need(one, width) for one in lengths]
-      shapes.append(self._shape(width, max(count for _, count, _ in fits) * (1 + _SPARE),
-                                max(most for _, _, most in fits)))
-    self.shapes = [min(shapes, key=self._cost)]
+    choices = []
+    for width in _widths(_Lengths(widest)):
+      needs = [_need(one, width)[1:] for one in lengths]
+      counts = sorted(count for count, _ in needs)
+      usual = counts[math.ceil(_USUAL * len(counts)) - 1]
+      most = max(most for _, most in needs)
+      shapes = [self._shape(width, usual, most),
+                self._shape(width, counts[-1] * (1 + _SPARE), most),
+                self._shape(width, *_need(_Lengths(widest), width)[1:])]
+      if self._cost(shapes[1]) < _NEAR_USUAL * self._cost(shapes[0]):
+        del shapes[0]
+      choices.append((_USUAL * self._cost(shapes[0]) + (1 - _USUAL) * self._cost(shapes[-2]),
+                      shapes))
+    self.shapes = min(choices)[1]
     self._settled = True
 
   def __call__(self, batch):

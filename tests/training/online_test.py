@@ -35,9 +35,10 @@ class Collector:
 
 
 def source_of(collector=None, packer=None, **training):
+  packs = {'lay_out': packer, 'learners': {'update': packer}} if packer else {}
   training = settings.TrainingSettings(**{'steps': 12, 'mini_batches': 2, 'epochs': 2, **training})
   return online.RolloutSource(
-      collector or Collector(), training, seed=0, samples_every=3, packer=packer)
+      collector or Collector(), training, seed=0, samples_every=3, **packs)
 
 
 def leaves(batch):

@@ -18,7 +18,8 @@ class Fit:
   Attributes:
     limit: bytes of it that a run may fill.
     micro_batches: the fewest parts in which the update fits; None if it fits in none.
-    prompts: prompts, or rows, of such a part, of all devices together; None likewise.
+    prompts: prompts of such a part, or examples where rows hold several, of all devices together;
+      None likewise.
     rollout: the largest rollout.num_prompts, in micro-batches no larger than the run's own; None
       for offline stages, 0 if not even the smallest fits.
   """

@@ -116,8 +116,9 @@ def _fit_lines(config, stage, fit, rates):
            'model_settings.remat=full, lower rollout.group_size or the lengths, or split over '
            'more devices (--mesh)')
   else:
-    unit = 'rows' if stage.rows.packed else 'prompts'
-    yield (f'    micro-batches of up to {fit.prompts} {unit}: '
+    # How many rows they fill, only the run will see.
+    unit = 'example' if stage.rows.packed else 'prompt'
+    yield (f'    micro-batches of up to {fit.prompts} {unit}{"s" * (fit.prompts > 1)}: '
            f'training.micro_batches={fit.micro_batches} (now {config.training.micro_batches})')
   if fit.rollout is not None:
     now = config.rollout.num_prompts
@@ -153,8 +154,8 @@ def _notes(model, mesh, rates, stages):
   between = '' if mesh.size <= rates_of.PER_NODE else (
       f', from other nodes {rates.network / 1e9:,.3g}')
   yield (f'Seconds assume {rates.flops / 1e12:,.3g} TFLOP/s, {rates.bytes / 1e9:,.3g} GB/s moved '
-         f'and {rates.link / 1e9:,.3g} GB/s received{between} ({rates.name}), no overlap of computing and '
-         'receiving, every completion at full length, and no time for rewards.')
+         f'and {rates.link / 1e9:,.3g} GB/s received{between} ({rates.name}), no overlap of '
+         'computing and receiving, every completion at full length, and no time for rewards.')
   if dry_run.compiled_dtype(model, mesh) != model:
     yield (f'Temporaries and bytes received are those of programs in float32, since XLA widens '
            f'{model.dtype} on CPU; on a GPU both are smaller, activations down to half.')

@@ -7,6 +7,7 @@ from ptjax import plan_fit
 from ptjax import plan_text
 from ptjax import planner
 from ptjax import rates
+from ptjax import stages
 from ptjax.models import costs
 
 RATES = rates.Rates('test', flops=1e12, bytes=1e9, link=1e9, network=1e8, memory=80)
@@ -36,6 +37,24 @@ def test_an_update_that_fits_in_no_micro_batch_says_so():
 def test_a_stage_that_fits_is_not_told_otherwise():
   _, text = fit_text(7, {'update': 9}, micro_batches=1, prompts=8, rollout=None)
   assert 'does not fit' not in text and 'rollouts' not in text
+
+
+@pytest.mark.parametrize('algo, packing, said', [
+    ('sft', True, '6 examples'), ('dpo', True, '6 examples'), ('dpo', False, '6 prompts')])
+def test_a_micro_batch_of_packed_rows_is_counted_in_what_batch_size_counts(algo, packing, said):
+  config = settings.Config(
+      algo=algo, training=settings.TrainingSettings(batch_size=12, micro_batches=2),
+      data=settings.DataSettings(packing=packing))
+  plan, = stages.stage_plans(config)
+
+  def measure(plan, parts):
+    held = {'update': {'activations': 60 * 2**30 * (2 / plan.config.training.micro_batches)}}
+    rows = costs.Rows(4, 64, 1, 32, packed=True) if packing else costs.Rows(12, 8, 2, 8)
+    return planner.StageEstimate(algo, rows, {'parameters': 2**30}, held, (), {})
+  stage = measure(plan, ('update',))
+  fit = plan_fit.fit(plan, stage, measure, 1, 80)
+  text = '\n'.join(plan_text._fit_lines(plan.config, stage, fit, RATES))
+  assert f'micro-batches of up to {said}: training.micro_batches=2 (now 2)' in text
 
 
 def test_nothing_is_said_of_an_unknown_memory():

@@ -38,6 +38,8 @@ def bytes_received(text, *, within=None):
     and of a branch all arms count.
   """
   computations, entry = _computations(text)
+  counts = re.findall(r'\b(?:replica_count|num_partitions)=(\d+)', text.partition('\n')[0])
+  devices = math.prod(map(int, counts))  # neither is written where it is 1
   total = collections.Counter()
 
   def walk(name, times):
@@ -45,7 +47,7 @@ def bytes_received(text, *, within=None):
       match = _COLLECTIVE.match(line)
       if match:
         shapes, kind, started = match.groups()
-        group = _group(line)
+        group = _group(line, devices)
         if within is None or group.max() // within == group.min() // within:
           total[kind] += times * _TRAFFIC[kind](group.size) * _size(shapes, kind, started)
         continue
@@ -99,20 +101,27 @@ def _size(shapes, kind, started):
   return sum(_results(sizes, kind, started))
 
 
-def _group(line):
-  """Devices of the first group that takes part together, [n], from all ways XLA writes groups."""
+def _group(line, devices):
+  """Devices of the first group that takes part together, [n], from all ways XLA writes groups.
+
+  Args:
+    line: the instruction.
+    devices: how many the program runs on.
+  """
   listed = re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', line)
   if listed:  # {{0,1},{2,3}}
     return np.array([int(i) for i in listed[1].split(',')])
   iota = re.search(r'replica_groups=\[\d+,(\d+)\]<=(\S*)', line)
   if iota:  # [2,4]<=[8]: 2 groups of 4; [4,2]<=[2,4]T(1,0): of the transposed numbers
     return _iota(iota[2])[:int(iota[1])]
+  if re.search(r'replica_groups=\{\}', line):  # all in one
+    return np.arange(devices)
   # Axes by name: mesh['a'=2,'b'=4] {'b'}; the devices of the mesh may come in another order.
   named = re.search(
       r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S*)\))? \{([^}]*)\}", line)
   sizes = [(name, int(size)) for name, size in re.findall(r"('[^']+')=(\d+)", named[1])]
   count = math.prod(size for _, size in sizes)
-  devices = _iota(named[2] or f'[{count}]').reshape([size for _, size in sizes])
+  numbers = _iota(named[2] or f'[{count}]').reshape([size for _, size in sizes])
   taking = {name: split for name, *split in re.findall(r"('[^']+')(?::\((\d+)\)(\d+))?", named[3])}
   chosen = []
   for name, size in sizes:
@@ -123,7 +132,7 @@ def _group(line):
       chosen.append(range(0, size // major, size // major // own))
     else:
       chosen.append(range(size))
-  return devices[np.ix_(*chosen)].reshape(-1)
+  return numbers[np.ix_(*chosen)].reshape(-1)
 
 
 def _iota(text):

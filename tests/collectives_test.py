@@ -74,9 +74,21 @@ def test_every_notation_is_read(line, kind, size):
     ("replica_groups=mesh['a'=8,'b'=2] {'a':(1)2}", [0, 8]),
     ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", [0, 1, 2, 3]),
     ("replica_groups=mesh['a'=4,'b'=2], device_ids=([8]) {'b','a'}", [0, 1, 2, 3, 4, 5, 6, 7]),
-    ('source_target_pairs={{0,7},{7,0}}', [0, 7])])
+    ('source_target_pairs={{0,7},{7,0}}', [0, 7]),
+    ('replica_groups={}', list(range(8)))])
 def test_who_takes_part_is_read(groups, devices):
-  assert collectives._group(f'%a = f32[5]{{0}} all-gather(%x), {groups}').tolist() == devices
+  line = f'%a = f32[5]{{0}} all-gather(%x), {groups}'
+  assert collectives._group(line, 8).tolist() == devices
+
+
+@pytest.mark.parametrize('header, devices', [
+    ('HloModule jit_f, is_scheduled=true, replica_count=2, num_partitions=4', 8),
+    ('HloModule jit_f, num_partitions=4', 4), ('HloModule jit_f', 1)])
+def test_a_group_of_all_is_of_as_many_as_the_program_runs_on(header, devices):
+  text = (f'{header}\n\nENTRY %main (x: f32[5]) -> f32[5] {{\n'
+          '  %a = f32[10]{0} all-reduce(%x), channel_id=1, replica_groups={}, to_apply=%add\n}\n')
+  assert collectives.bytes_received(text) == {'all-reduce': 2 * (devices - 1) / devices * 40}
+  assert bool(collectives.bytes_received(text, within=4)) == (devices <= 4)
 
 
 def test_neighbours_are_told_apart():

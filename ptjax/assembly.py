@@ -195,6 +195,7 @@ def _with_attention(model, config):
 def check(plans, model, mesh):
   """Raises UserError for what cannot work, before anything is compiled."""
   parts = sharding.batch_size(mesh)
+  _check_overlap(plans)
   for plan in plans:
     config = plan.config
     # Judges and reward models score completions as rewards do; offline they left columns.
@@ -228,7 +229,8 @@ def check(plans, model, mesh):
       if plan.row.advantage is not None and config.rollout.group_size < 2:
         _try_group_of_one(plan)
     else:
-      at_once = config.training.batch_size / config.training.micro_batches
+      by_tokens = config.training.tokens_per_batch is not None  # in rows that split
+      at_once = parts if by_tokens else config.training.batch_size / config.training.micro_batches
       name = 'training.batch_size / training.micro_batches'
     if at_once % parts:
       raise settings.UserError(
@@ -256,15 +258,23 @@ def _check_rollouts(plan, recipe):
   if plan.extra_rollouts and recipe.draw is not recipes.own_samples:
     raise settings.UserError(f'rollout.extra_rollouts={plan.extra_rollouts}: {name} does not train '
                              'on its own samples alone, so no group of them can be replaced')
-  overlap = plan.config.rewards.overlap
-  if overlap > 1 and recipe.draw is not recipes.own_samples:
-    raise settings.UserError(f'rewards.overlap={overlap}: {name} does not train on its own samples '
-                             'alone, which are drawn in one part; set it to 1')
   longest = plan.config.rollout.max_completion_tokens
   if not 0 <= plan.overlong_tokens <= longest:
     raise settings.UserError(
         f'rewards.overlong_tokens={plan.overlong_tokens}: expected 0 to '
         f'rollout.max_completion_tokens={longest}')
+
+
+def _check_overlap(plans):
+  """Raises UserError for a rollout in several parts that none of the stages can draw."""
+  online = [plan for plan in plans if plan.online]
+  whole = [plan.row.name for plan in online
+           if recipes.RECIPES[plan.row.recipe].draw is not recipes.own_samples]
+  overlap = plans[0].config.rewards.overlap
+  if overlap > 1 and whole and len(whole) == len(online):
+    names, do = ', '.join(whole), 'does' if len(whole) == 1 else 'do'
+    raise settings.UserError(f'rewards.overlap={overlap}: {names} {do} not train on own samples '
+                             'alone, so rollouts are drawn in one part; set it to 1')
 
 
 def _try_group_of_one(plan):

@@ -183,6 +183,20 @@ def test_heads_must_split_over_the_tensor_axis(config_of):
     check(config_of(), 'tensor=4,fsdp=2')
 
 
+@pytest.mark.parametrize('algo, message', [
+    ('grpo', None), ('grpo,xpo', None), ('xpo,sft,grpo', None), ('sft', None),
+    ('xpo', 'rewards.overlap=4: xpo does not train on own samples alone'),
+    ('sft,luffy,xpo', 'rewards.overlap=4: luffy, xpo do not train on')])
+def test_rollouts_in_parts_want_one_stage_that_can(config_of, algo, message):
+  config = config_of('rewards.overlap=4', algo=algo)
+  if message is None:
+    check(config)
+    return
+  with pytest.raises(settings.UserError) as raised:
+    check(config)
+  assert message in str(raised.value)
+
+
 # Forward passes.
 
 

@@ -191,7 +191,7 @@ def test_overlong_penalty_is_a_reward_of_its_own(train):
      'make it a multiple of 2'),
     ('online_dpo', {'rollout__group_size': 1}, 'make it at least 2'),
     ('hpt', {'rollout__extra_rollouts': 2}, 'hpt does not train on its own samples alone'),
-    ('luffy', {'rewards__overlap': 2}, 'rewards.overlap=2: luffy does not train on its own'),
+    ('luffy', {'rewards__overlap': 2}, 'rewards.overlap=2: luffy does not train on own samples'),
     ('grpo', {'rewards__overlong_tokens': 5}, 'rewards.overlong_tokens=5: expected 0 to'),
     ('grpo', {'rollout__reference_share': 1.5}, 'expected a fraction')])
 def test_what_cannot_work_is_said_at_once(train, capsys, algo, settings, message):

@@ -139,9 +139,10 @@ class RewardSettings:
   function_timeout_seconds: float | None = None  # per call of a reward function; None: no limit
   workers: int = 2  # processes that compare maths answers
   # Parts of a rollout: slow functions score one, in a thread, while the next is drawn. 1: neither.
+  # Stages that do not train on their own samples alone draw in one part all the same.
   overlap: int = 1
-  # At the end of max_completion_tokens, over which a penalty grows to 1; None: of dapo a fifth, else
-  # none.
+  # At the end of max_completion_tokens, over which a penalty grows to 1; None: of dapo a fifth,
+  # else none.
   overlong_tokens: int | None = None
 
   def __post_init__(self):

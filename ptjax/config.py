@@ -181,6 +181,8 @@ class TrainingSettings:
   """How a rollout becomes optimizer steps."""
   steps: int = 200  # optimizer steps
   batch_size: int = 32  # demonstrations per step, for offline algorithms
+  # Of packed rows per step, padding included, but at least a row; None: as batch_size says.
+  tokens_per_batch: int | None = None
   mini_batches: int = 1  # optimizer steps per pass over one rollout
   epochs: int = 1  # passes over one rollout
   micro_batches: int = 1  # parts of a mini-batch computed one after another; any split is exact
@@ -193,6 +195,8 @@ class TrainingSettings:
     for name in ('steps', 'batch_size', 'mini_batches', 'epochs', 'micro_batches',
                  'max_bad_steps'):
       _positive(f'training.{name}', getattr(self, name))
+    if self.tokens_per_batch is not None:
+      _positive('training.tokens_per_batch', self.tokens_per_batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

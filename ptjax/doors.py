@@ -110,6 +110,7 @@ def load_rows(config):
 def load_door(plan, policy, rows, *, parts=1):
   """Opens the door of a stage on `rows`; `parts` is into how many a batch is split over devices."""
   config, shown = plan.config, None
+  _check_batches(plan)
   if plan.row.door == 'prompts+demonstrations':
     found = _read_examples(plan, policy, rows)
     shown = [group[0] for group in found.completions]
@@ -120,12 +121,25 @@ def load_door(plan, policy, rows, *, parts=1):
         group_size=config.rollout.group_size, max_prompt_tokens=config.data.max_prompt_tokens,
         overlong=config.data.overlong, seed=config.seed, demonstrations=shown)
   found = _read_examples(plan, policy, rows)
-  batch = {'batch_size': config.training.batch_size, 'seed': config.seed,
-           'fill': tokenizers.pad_id(policy.tokenizer)}
-  if plan.packs:
-    return packing.PackedDoor(found, tokens=config.data.packed_tokens,
-                              multiple=parts * config.training.micro_batches, **batch)
-  return offline_door.OfflineDoor(found, **batch, **_sizes(plan))
+  batch = {'seed': config.seed, 'fill': tokenizers.pad_id(policy.tokenizer)}
+  if not plan.packs:
+    return offline_door.OfflineDoor(found, batch_size=config.training.batch_size, **batch,
+                                    **_sizes(plan))
+  tokens = config.training.tokens_per_batch
+  size = {'batch_size': config.training.batch_size} if tokens is None else {
+      'tokens_per_batch': tokens}
+  return packing.PackedDoor(found, tokens=config.data.packed_tokens,
+                            multiple=parts * config.training.micro_batches, **size, **batch)
+
+
+def _check_batches(plan):
+  """Raises UserError for a size of batches that a stage's door cannot give."""
+  tokens, name = plan.config.training.tokens_per_batch, plan.row.name
+  if tokens is not None and not plan.packs:
+    raise settings.UserError(
+        f'training.tokens_per_batch={tokens}: {name} does not train on packed rows, so its batches '
+        'are counted in examples; of several stages, set it for one, as in '
+        'stages.sft.training.tokens_per_batch')
 
 
 def _sizes(plan):

@@ -146,7 +146,7 @@ def _warm_start_config(config):
       data=dataclasses.replace(config.data, limit=None) if warm.dataset else config.data,
       optimizer=dataclasses.replace(config.optimizer, learning_rate=warm.learning_rate),
       training=dataclasses.replace(config.training, steps=warm.steps, batch_size=warm.batch_size,
-                                   mini_batches=1, micro_batches=1))
+                                   tokens_per_batch=None, mini_batches=1, micro_batches=1))
 
 
 def wanted_columns(plan):

@@ -104,6 +104,23 @@ def test_packed_rows_hold_all_examples_and_split_over_the_devices(load):
   assert isinstance(loose.doors[0], offline.OfflineDoor)
 
 
+def test_a_batch_holds_so_many_tokens(load):
+  asked = ['training.tokens_per_batch=100', 'data.packed_tokens=24']
+  data, _ = load('rows', *asked, algo='sft')
+  door = data.doors[0]
+  assert door.batch(0).prompt_tokens.shape == (4, 24)  # 96 of 100
+  assert load('rows', *asked, parts=3, algo='sft')[0].doors[0].batch(0).tokens.shape[0] == 3
+  # Six examples of seven or eight tokens: three to a row, so two rows are the data set.
+  assert door.steps_per_epoch == 1
+  less, _ = load('rows', 'training.tokens_per_batch=24', 'data.packed_tokens=24', algo='sft')
+  assert less.doors[0].steps_per_epoch == 2
+  chain, _ = load('pairs', *(f'stages.sft.{each}' for each in asked), algo='sft,dpo')
+  assert chain.doors[0].batch(0).tokens.shape[0] == 4
+  for more in ({'algo': 'dpo'}, {'algo': 'sft,dpo'}):
+    with pytest.raises(settings.UserError, match='tokens_per_batch=100: dpo does not train on '):
+      load('pairs', *asked, **more)
+
+
 def test_a_text_is_a_target_but_for_its_first_token(load):
   data, _ = load('rows', 'training.batch_size=6', algo='cpt')
   # <bos>, prompt, completion and end token, less the first.

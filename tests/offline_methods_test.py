@@ -146,3 +146,14 @@ def test_the_student_speaks_as_often_as_asked(root, compile_cache):
     return [record['distillation/own_samples'] for record in records]
   assert own(0.0) == [0.0] * STEPS and own(1.0) == [1.0] * STEPS
   assert 0 < sum(own(0.5)) < STEPS
+
+
+@pytest.mark.slow
+def test_batches_of_so_many_tokens(root, compile_cache):
+  """Eight examples of nine or eleven tokens: two to a row of 24, two rows to a batch."""
+  records = job_runs.metrics(train(root, compile_cache, 'sft', run='-tokens',
+                                   training__tokens_per_batch=50, data__packed_tokens=24))
+  assert [record['epoch'] for record in records[:4]] == [0.0, 0.5, 1.0, 1.5]
+  # Every answer trains once in an epoch, its end token too.
+  rows = [json.loads(line) for line in (root / 'labelled.jsonl').read_text().splitlines()]
+  assert records[1]['num_tokens'] == sum(len(row['completion']) + 1 for row in rows)

@@ -257,7 +257,7 @@ class PlanSettings:
   peak_tflops: float | None = None  # of one device, 1e12/s; None: of the data sheet, or measured
   memory_gb_per_second: float | None = None  # between a device and its memory; None: likewise
   link_gb_per_second: float | None = None  # that a device receives of its node; None: likewise
-  network_gb_per_second: float | None = None  # that a device receives of other nodes; None: likewise
+  network_gb_per_second: float | None = None  # that it receives of other nodes; None: likewise
   efficiency: float = 0.4  # of given peaks and data sheets that a good program reaches, a fraction
   memory_gib: float | None = None  # of one device; None: of the data sheet, or this machine's
 

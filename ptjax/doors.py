@@ -21,6 +21,7 @@ from ptjax.data import prompts as prompt_door
 from ptjax.data import ranked
 from ptjax.data import sources
 from ptjax.data import stepwise
+from ptjax.data import streaming
 from ptjax.data import tokenizer as tokenizers
 from ptjax.data import unpaired
 from ptjax.evaluation import tasks
@@ -100,7 +101,8 @@ def _remedy(intake):
 def load_rows(config):
   """Loads the rows of a config's data set; a `solution` stands for a missing `completion`."""
   columns = config.data.columns
-  load = functools.partial(sources.load, config.dataset, limit=config.data.limit, seed=config.seed)
+  load = functools.partial(sources.load, config.dataset, limit=config.data.limit, seed=config.seed,
+                           lazy=config.data.streaming)
   rows = load(columns=columns)
   if 'solution' in rows.columns and 'completion' not in rows.columns:
     rows = load(columns={**columns, 'completion': 'solution'})
@@ -120,21 +122,44 @@ def load_door(plan, policy, rows, *, parts=1):
         rows, policy.tokenizer, num_prompts=config.rollout.num_prompts,
         group_size=config.rollout.group_size, max_prompt_tokens=config.data.max_prompt_tokens,
         overlong=config.data.overlong, seed=config.seed, demonstrations=shown)
-  found = _read_examples(plan, policy, rows)
+  read = functools.partial(_read_examples, plan, policy)
+  open_door = _packed(plan, parts) if plan.packs else functools.partial(
+      offline_door.OfflineDoor, batch_size=config.training.batch_size, **_sizes(plan))
   batch = {'seed': config.seed, 'fill': tokenizers.pad_id(policy.tokenizer)}
-  if not plan.packs:
-    return offline_door.OfflineDoor(found, batch_size=config.training.batch_size, **batch,
-                                    **_sizes(plan))
-  tokens = config.training.tokens_per_batch
-  size = {'batch_size': config.training.batch_size} if tokens is None else {
-      'tokens_per_batch': tokens}
-  return packing.PackedDoor(found, tokens=config.data.packed_tokens,
-                            multiple=parts * config.training.micro_batches, **size, **batch)
+  if config.data.streaming:
+    return streaming.StreamingDoor(rows, read, functools.partial(open_door, **batch),
+                                   window=config.data.window_rows, seed=config.seed)
+  return open_door(read(rows), **batch)
+
+
+def _packed(plan, parts):
+  """Returns a PackedDoor that lacks its examples."""
+  config = plan.config
+  width, size = config.data.packed_tokens, {'batch_size': config.training.batch_size}
+  if config.training.tokens_per_batch is not None:
+    size = {'tokens_per_batch': config.training.tokens_per_batch}
+  if config.data.streaming:  # nobody knows the longest example yet
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    if width is not None and width < longest:
+      raise settings.UserError(
+          f'data.packed_tokens={width}: a streamed row may have up to data.max_prompt_tokens + '
+          f'rollout.max_completion_tokens = {longest} tokens; raise it, or lower one of these')
+    width = width or longest
+  return functools.partial(packing.PackedDoor, tokens=width,
+                           multiple=parts * config.training.micro_batches, **size)
 
 
 def _check_batches(plan):
-  """Raises UserError for a size of batches that a stage's door cannot give."""
+  """Raises UserError for batches that a stage's door cannot give."""
   tokens, name = plan.config.training.tokens_per_batch, plan.row.name
+  if plan.config.data.streaming:
+    bound = plan.bind()
+    why = ('draws completions of its prompts, which are held in memory' if plan.online else
+           'reads reference log-probs, which are computed of all rows before the first step'
+           if bound.needs_reference and bound.follow is None else None)
+    if why is not None:
+      raise settings.UserError(f'data.streaming=true: {name} {why}; of several stages, set it for '
+                               'another, as in stages.sft.data.streaming')
   if tokens is not None and not plan.packs:
     raise settings.UserError(
         f'training.tokens_per_batch={tokens}: {name} does not train on packed rows, so its batches '

@@ -106,7 +106,7 @@ def _of_rows(made, door):
 
 
 def _widest(made, door):
-  """The widest batch; of packed ones the fullest of the first, as nearly none is like the widest."""
+  """The widest batch; of packed ones the fullest of the first: hardly any is like the widest."""
   if not made.plan.packs_completions:
     return door.widest()
   packed = [made.lay_out(door.batch(step)) for step in range(min(door.steps_per_epoch, _LOOKED_AT))]

@@ -54,8 +54,9 @@ def from_file(path):
     raise
   except Exception as error:  # the file is the user's own code
     line = getattr(error, 'lineno', None) or traceback.extract_tb(error.__traceback__)[-1].lineno
-    raise config.UserError(f'--config={path}: {type(error).__name__}: {error} (line {line})') from error
+    raise config.UserError(
+        f'--config={path}: {type(error).__name__}: {error} (line {line})') from error
   if not isinstance(found, config.Config):
-    raise config.UserError(f'--config={path}: get_config() returned {type(found).__name__}, expected '
-                    'ptjax.config.Config')
+    raise config.UserError(f'--config={path}: get_config() returned {type(found).__name__}, '
+                           'expected ptjax.config.Config')
   return found

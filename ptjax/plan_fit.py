@@ -6,7 +6,7 @@ from two of them: caches and activations grow by as much with every prompt.
 
 import dataclasses
 
-ROOM = 0.92  # of a device's memory that a run may fill; the rest is the allocator's and the driver's
+ROOM = 0.92  # of a device's memory that a run may fill; the rest is the allocator's and driver's
 _TRIES = 3  # guesses compiled at most
 MOST = 64  # times the rollout asked for, past which nobody wants to know
 

@@ -341,7 +341,8 @@ class StageRun:
   def _host_outputs(self, role, output='log_probs'):
     step = self.pass_step(role, output)
     return lambda params, batch: sharding.fetch(
-        step(params, training_step.place(self.lay_out(batch, 'pass'), self._mesh), frozen=self._frozen))
+        step(params, training_step.place(self.lay_out(batch, 'pass'), self._mesh),
+             frozen=self._frozen))
 
   # --- the reference of an offline stage
 

@@ -14,8 +14,8 @@ from ptjax.training import step as training_step
 
 # What all stages of a run share.
 _SHARED = ('algo', 'model', 'model_settings', 'teacher', 'judge', 'reward', 'rewards', 'seed',
-           'out_dir', 'resume', 'mesh', 'device', 'stages', 'warm_start', 'checkpoint', 'log', 'eval',
-           'plan')
+           'out_dir', 'resume', 'mesh', 'device', 'stages', 'warm_start', 'checkpoint', 'log',
+           'eval', 'plan')
 
 
 @dataclasses.dataclass(frozen=True)

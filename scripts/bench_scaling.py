@@ -14,7 +14,8 @@ grows faster than FLOPs, or memory that grows faster than the arrays it holds, w
 `XLA GFLOP` is the compiler's count of an update, in which the body of a loop, over layers or over
 chunks of the head, counts once. Axis `devices` splits the base shape over virtual CPU devices
 (fsdp), with completions so short that the head is one chunk on any number of them; its memory and
-FLOPs are per device, its CPU seconds those of all together. Prints one table per axis and one JSON line per point.
+FLOPs are per device, its CPU seconds those of all together. Prints one table per axis and one JSON
+line per point.
 """
 
 import argparse
@@ -36,7 +37,8 @@ COLUMNS = {  # key -> (title, what a number is divided by, format)
     'rollout_cpu': ('rollout CPU s', 1, '.3f'), 'update_cpu': ('update CPU s', 1, '.3f'),
     'rollout_flops': ('rollout GFLOP', 1e9, '.3f'), 'update_flops': ('update GFLOP', 1e9, '.3f'),
     'update_flops_compiler': ('XLA GFLOP', 1e9, '.3f'),
-    'rollout_bytes': ('rollout MiB', 2**20, '.1f'), 'update_temporaries': ('temps MiB', 2**20, '.1f'),
+    'rollout_bytes': ('rollout MiB', 2**20, '.1f'),
+    'update_temporaries': ('temps MiB', 2**20, '.1f'),
     'update_arguments': ('arguments MiB', 2**20, '.1f')}
 
 

@@ -9,7 +9,8 @@ The job is the launcher's own with a warm start of one step instead of 640, so t
 of GRPO comes soon. Each start is a process of its own; they come in turn, and medians are printed:
 one table of the two moments (the end of the first supervised step, of the first GRPO step), one of
 where the time before the last of them goes, and one JSON line per row. The peer, which needs the
-`bench` extra, takes one step of a model of the same size on as many prompts, completions and tokens.
+`bench` extra, takes one step of a model of the same size on as many prompts, completions and
+tokens.
 """
 
 import argparse
@@ -203,8 +204,8 @@ def main():
   try:
     if arguments.peer != 'none':
       found[arguments.peer] = []
-      # As large as the default job's. A Llama, for `transformers` gives every Qwen2 directory Qwen's
-      # own tokenizer, whatever is there.
+      # As large as the default job's. A Llama, for `transformers` gives every Qwen2 directory
+      # Qwen's own tokenizer, whatever is there.
       bench_common.write_model(f'{folder}/model', family='llama', qkv_bias=False, vocab_size=32)
     for turn in range(arguments.repetitions):
       own = f'{folder}/{turn}'

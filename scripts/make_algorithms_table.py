@@ -23,7 +23,8 @@ Made by `scripts/make_algorithms_table.py` from `algorithms.py`; a test fails wh
 `--algo=NAME` trains with one, `python -m ptjax.inspect --algo=NAME` shows what it does to tokens.
 *Data* is where a batch comes from, *models* what must be loaded beside the policy, *fed by* what
 makes the loss's advantages or its divergence, and the defaults are those of all three together.
-Every loss is held against an independent closed form in float64; the last column names what else it is held against.
+Every loss is held against an independent closed form in float64; the last column names what else
+it is held against.
 '''
 _COLUMNS = ('name', 'loss', 'data', 'models', 'fed by', 'defaults', 'source', 'also against')
 
@@ -48,9 +49,9 @@ def render():
   parts.append('\n'.join([
       '## Which way they push', '',
       'The cosine between the gradients of every two algorithms, by the parameters of one small',
-      'model on one batch of 24 completions (`ptjax.inspect.example`): demonstrations, rollouts and',
-      'pairs are the same 24. Reward models train a head of their own. A test fails when two rows',
-      'point the same way that are not listed here:', '',
+      'model on one batch of 24 completions (`ptjax.inspect.example`): demonstrations, rollouts',
+      'and pairs are the same 24. Reward models train a head of their own. A test fails when two',
+      'rows point the same way that are not listed here:', '',
       '![cosines between the gradients of all algorithms](distinctness.png)', '',
       _line(('the same direction', 'why')), _line(('---', '---')),
       *(_line((', '.join(f'`{name}`' for name in names), why))

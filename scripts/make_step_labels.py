@@ -1,12 +1,13 @@
 """Labels the steps of solutions by what follows from them, for `--algo=math_shepherd` and `prm`.
 
   # Sample two solutions per problem and eight continuations from the end of each of their steps:
-  python scripts/make_step_labels.py --dataset=gsm8k/train.jsonl --model=DIR --solutions=2 \
+  python scripts/make_step_labels.py --dataset=gsm8k/train.jsonl --model=DIR --solutions=2 \\
       --continuations=8 --out=steps.jsonl
   python -m ptjax.launch --algo=math_shepherd --model=DIR --dataset=steps.jsonl
 
   # Label the solutions that the rows have (prompt/completion):
-  python scripts/make_step_labels.py --dataset=solved.jsonl --model=DIR --reward=math --out=steps.jsonl
+  python scripts/make_step_labels.py --dataset=solved.jsonl --model=DIR --reward=math \\
+      --out=steps.jsonl
 
 A step is a line. Its label is the fraction of continuations whose whole solution earns the full
 reward (or, with --labels=hard, whether any does); the last step's is whether the solution itself
@@ -174,7 +175,8 @@ def _load_rows(options):
     if name not in rows.columns:
       hint = '; or sample some with --solutions=2' if name == 'completion' else ''
       raise settings.UserError(f'{options.dataset}: no column {name!r}; found '
-                               f'{", ".join(rows.columns)}; map one with --columns={name}=...{hint}')
+                               f'{", ".join(rows.columns)}; map one with '
+                               f'--columns={name}=...{hint}')
   for number, row in enumerate(rows):
     for name in wanted:
       if not isinstance(row[name], str) or not row[name]:

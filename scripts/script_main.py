@@ -1,4 +1,4 @@
-"""What the scripts that take absl flags share: their front door, the model they ask, whole files."""
+"""What the scripts with absl flags share: their front door, the model they ask, whole files."""
 
 import functools
 import json

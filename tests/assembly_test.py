@@ -238,7 +238,7 @@ def test_disk_space_counts_checkpoints_and_the_model(config_of):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='mallopt is of glibc')
 def test_what_a_long_compilation_leaves_goes_back_and_what_programs_free_stays():
-  """Scattered garbage of 64 MiB: small pieces under one that lives, so freeing gives nothing back."""
+  """Scattered garbage of 64 MiB: small pieces under one that lives, so freeing gives none back."""
   assembly.keep_freed_memory()
 
   def held_mib():

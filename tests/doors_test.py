@@ -15,6 +15,7 @@ from ptjax import stages
 from ptjax.data import offline
 from ptjax.data import packing
 from ptjax.data import prompts
+from ptjax.data import streaming
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import job_runs
@@ -119,6 +120,38 @@ def test_a_batch_holds_so_many_tokens(load):
   for more in ({'algo': 'dpo'}, {'algo': 'sft,dpo'}):
     with pytest.raises(settings.UserError, match='tokens_per_batch=100: dpo does not train on '):
       load('pairs', *asked, **more)
+
+
+@pytest.mark.parametrize('algo, dataset', [('sft', 'rows'), ('cpt', 'rows'), ('simpo', 'pairs'),
+                                           ('prm', 'steps')])
+def test_streamed_rows_are_those_held_in_memory(load, algo, dataset):
+  asked = ['training.batch_size=2', 'data.max_prompt_tokens=8', 'rollout.max_completion_tokens=8']
+  whole = load(dataset, *asked, algo=algo)[0].doors[0]
+  data, _ = load(dataset, *asked, 'data.streaming=true', 'data.window_rows=2', algo=algo)
+  door = data.doors[0]
+  assert isinstance(door, streaming.StreamingDoor) and door.steps_per_window == 1
+  drawn = [row for step in range(door.steps_per_epoch) for row in door.rows(step)]
+  assert sorted(drawn) == sorted(whole.examples.row_ids)  # each once, two at a time
+  targets = lambda door: sorted(
+      token for step in range(door.steps_per_epoch) for batch in [door.batch(step)]
+      for token in batch.tokens[batch.loss_mask])
+  assert targets(door) == targets(whole)
+
+
+@pytest.mark.parametrize('algo, message', [
+    ('dpo', 'data.streaming=true: dpo reads reference log-probs, which are computed of all rows'),
+    ('sft,kto', 'data.streaming=true: kto reads reference'),
+    ('ssd', 'data.streaming=true: ssd draws completions of its prompts')])
+def test_who_cannot_stream(load, algo, message):
+  with pytest.raises(settings.UserError, match=message):
+    load('rows', 'data.streaming=true', algo=algo)
+
+
+def test_streamed_rows_are_packed_to_a_width_that_holds_any(load):
+  with pytest.raises(settings.UserError, match='data.packed_tokens=10: a streamed row may have .* '
+                                               '= 16 tokens; raise it'):
+    load('rows', 'data.streaming=true', 'data.packed_tokens=10', 'data.max_prompt_tokens=8',
+         'rollout.max_completion_tokens=8', algo='sft')
 
 
 def test_a_text_is_a_target_but_for_its_first_token(load):

@@ -48,7 +48,8 @@ def test_the_table_has_a_line_per_arm(tmp_path):
   runs = [{'before': 0.5, 'after': after, 'standard_error': 0.01, 'training_seconds': 3.0,
            'seconds': 5.0, 'cpu_seconds': 4.0, 'peak_bytes': 2**30} for after in (0.6, 0.7)]
   lines = grid.table({('quora', 'dpo', True): runs, ('quora', 'sft', False): runs[:1]}).splitlines()
-  assert lines[2] == ('| quora | dpo | LoRA | 0.500 | 0.650 | 0.010 | ±0.050 (2) | 5 | 3 | 4 | 1024 |')
+  assert lines[2] == (
+      '| quora | dpo | LoRA | 0.500 | 0.650 | 0.010 | ±0.050 (2) | 5 | 3 | 4 | 1024 |')
   assert lines[3].split(' | ')[6] == '-'
 
 

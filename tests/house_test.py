@@ -88,6 +88,14 @@ def test_files_can_be_held_in_the_head():
   assert not long, long
 
 
+def test_lines_fit_on_a_page():
+  long = [f'{path.relative_to(ROOT.parent)}:{number}'
+          for folder in ('ptjax', 'scripts', 'tests', 'experiments')
+          for path in sorted((ROOT.parent / folder).rglob('*.py'))
+          for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
+  assert not long, long
+
+
 def code_lines(path):
   """How many lines of a file hold code: neither blank, nor comments, nor docstrings."""
   text = path.read_text()

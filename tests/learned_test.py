@@ -85,7 +85,8 @@ def test_a_reward_models_scores_are_those_of_transformers(folders, given, device
   sampled = [ids + [end] * (i not in (1, 2)) for i, ids in enumerate(own)]
   ids = {'prompt_ids': prompt_ids, 'completion_ids': sampled} if given == 'ids' else {}
   found = reward(_PROMPTS, _COMPLETIONS, **ids)
-  np.testing.assert_allclose(found, np.concatenate(expected), atol=2e-5)  # float32, two orders of sums
+  # float32, two orders of sums
+  np.testing.assert_allclose(found, np.concatenate(expected), atol=2e-5)
 
 
 def test_ids_are_reused_where_the_tokenizer_is_the_same(folders):

@@ -157,3 +157,17 @@ def test_batches_of_so_many_tokens(root, compile_cache):
   # Every answer trains once in an epoch, its end token too.
   rows = [json.loads(line) for line in (root / 'labelled.jsonl').read_text().splitlines()]
   assert records[1]['num_tokens'] == sum(len(row['completion']) + 1 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['sft', 'simpo'])  # rows packed by the door, and in the step
+def test_streamed_rows_survive_a_resume(root, compile_cache, name):
+  """Windows of three rows; the part that goes on begins in the middle of one."""
+  settings = {'data__streaming': True, 'data__window_rows': 3, 'training__batch_size': 2,
+              'checkpoint__every_steps': 5, 'data__max_prompt_tokens': 16}
+  whole = train(root, compile_cache, name, run='-streamed', **settings)
+  train(root, compile_cache, name, '--steps=9', run='-streamed-parts', **settings)
+  parts = train(root, compile_cache, name, run='-streamed-parts', **settings)
+  job_runs.assert_same_run(whole, parts)
+  records = job_runs.metrics(whole)
+  assert sum(r['loss'] for r in records[-4:]) < sum(r['loss'] for r in records[:4])

@@ -48,7 +48,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def train(root, compile_cache):
-  """Runs the launcher; returns (exit code, records of metrics.jsonl, largest change of a weight)."""
+  """Runs the launcher; returns (exit code, records of metrics.jsonl, a weight's largest change)."""
   def run(algo, out, *more, reward='parity', **settings):
     settings = {
         'rollout__num_prompts': 4, 'rollout__group_size': 4, 'rollout__max_completion_tokens': 4,

@@ -46,7 +46,8 @@ print(planned.temporaries + planned.outputs, resident('VmHWM') - before)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='only Linux resets its peak')
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'),
+                    reason='only Linux resets its peak')
 def test_an_update_takes_the_memory_that_is_planned():
   done = subprocess.run(
       [sys.executable, '-c', _CODE], capture_output=True, text=True, timeout=600,

@@ -99,7 +99,8 @@ class Recorder:
 def test_the_plan_holds_what_the_run_holds(tmp_path, monkeypatch):
   # A run's first packed batch may have fewer targets than the widest, which is planned.
   config = small_job('mesh=data=2,fsdp=2,tensor=2', 'data.packing=false',
-                     'loss.kl_coefficient=0.1', 'training.mini_batches=2', f'out_dir={tmp_path / "run"}')
+                     'loss.kl_coefficient=0.1', 'training.mini_batches=2',
+                     f'out_dir={tmp_path / "run"}')
   mesh = planner.planning_mesh(config.mesh)
   _, (warm_start, grpo) = planner.estimate(config, mesh)
   run = Recorder(monkeypatch)

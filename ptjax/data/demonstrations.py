@@ -27,7 +27,8 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(), tu
   """
   if turns not in TURNS:
     raise ValueError(f'turns={turns!r}: expected one of {", ".join(TURNS)}')
-  reader = examples.Reader(rows, 'demonstrations', tokenizer, limits=limits, end_ids=end_ids, want=want)
+  reader = examples.Reader(
+      rows, 'demonstrations', tokenizer, limits=limits, end_ids=end_ids, want=want)
   rows = reader.rows
   if turns == 'all' and 'messages' in rows.columns and 'completion' not in rows.columns:
     return _all_turns(reader)

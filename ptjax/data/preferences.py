@@ -44,7 +44,8 @@ def read(rows, tokenizer, *, limits=examples.Limits(), end_ids=None, want=(),
       overlong row under `error`, or nothing left. Rows with an empty part or with two completions
       that are alike are dropped.
   """
-  reader = examples.Reader(rows, 'preferences', tokenizer, limits=limits, end_ids=end_ids, want=want)
+  reader = examples.Reader(
+      rows, 'preferences', tokenizer, limits=limits, end_ids=end_ids, want=want)
   rows = reader.rows
   own = demonstrations and 'demonstration' in rows.columns
   names = ('chosen', 'rejected') + (('demonstration',) if demonstrations else ())

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 
+from absl import logging
 import numpy as np
 
 from ptjax.data import order as order_lib
@@ -55,6 +56,11 @@ class StreamingDoor:
     return len(self._all)
 
   @property
+  def order(self):
+    """The order within the first window, whose batches are as large as any."""
+    return self._first.order
+
+  @property
   def steps_per_epoch(self):
     """Steps after which every row has been read, about."""
     return round(self.steps_per_window * len(self._all) / self._order.batch_size)
@@ -67,6 +73,10 @@ class StreamingDoor:
     """Returns the batch of a step, as the door of its window makes it."""
     number, place = divmod(step, self.steps_per_window)
     return self._window(number).batch(place)
+
+  def widest(self):
+    """Returns a batch as wide as any of the first window."""
+    return self._first.widest()
 
   def rows(self, step):
     """Returns the numbers of the data set's rows that make up a step."""
@@ -82,6 +92,7 @@ class StreamingDoor:
       for other in set(self._windows) - {0}:
         del self._windows[other]
       self._windows[number] = self._finish(number, found)
+      logging.info('window %d: %s', number, found.intake)
     if number + 1 not in self._coming and number + 1 not in self._windows:
       self._coming = {number + 1: self._executor.submit(self._load, number + 1)}
     return self._windows[number]

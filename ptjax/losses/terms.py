@@ -28,8 +28,8 @@ def _k1(log_probs, reference_log_probs):
   return penalty, -jnp.ones_like(penalty)
 
 
-# name -> (the estimate [B, T], the advantage its gradient amounts to under ratio 1). That of k1 is a
-# constant: right in value, but on average it pushes nowhere.
+# name -> (the estimate [B, T], the advantage its gradient amounts to under ratio 1). That of k1 is
+# a constant: right in value, but on average it pushes nowhere.
 ESTIMATORS = {'k3': _k3, 'k2': _k2, 'k1': _k1}
 
 

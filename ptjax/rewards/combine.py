@@ -1,7 +1,7 @@
 """Several reward functions as one: parse `--reward` specs, run the functions, add up what they say.
 
-A spec is `name`, `name(option=value)`, `path/to/file.py:function`, or what a model says: `model:DIR`,
-`process:DIR`, `judge:DIR` or `judge:URL(model='name')`; each with an optional weight:
+A spec is `name`, `name(option=value)`, `path/to/file.py:function`, or what a model says:
+`model:DIR`, `process:DIR`, `judge:DIR` or `judge:URL(model='name')`; each with an optional weight:
 `length(target=40)*0.5`. Functions are `f(prompts, completions, **columns) -> list[float | None]`,
 plain or async; `None` is "no opinion".
 

@@ -80,7 +80,7 @@ class MixedSource(OfflineSource):
     return training_step.place(batch, self._mesh), metrics, None
 
   def pending(self, step):
-    """What a checkpoint must hold: how the next completions are drawn depends on it, by rounding."""
+    """What a checkpoint must hold: how the next completions are drawn depends on it by rounding."""
     del step
     return None, training_state.memories(self._samplers)
 

@@ -71,7 +71,7 @@ class Packer:
     self.shapes = [tuple(shape) for shape in found]
 
   def settle(self, batches, widest):
-    """Chooses three shapes of one width, and keeps to them: a layout then depends on its batch alone.
+    """Chooses three shapes of one width and keeps to them: layouts then depend on the batch alone.
 
     For data sets, whose batches are known before they come: one shape for most batches, one for
     all that were seen, and one, hardly ever compiled, for the widest that could come.

@@ -248,8 +248,8 @@ def make_log_prob_step(forward, *, output='log_probs', parts=1, mesh=None):
   Args:
     forward: see `make_train_step`.
     output: one of MODEL_OUTPUTS.
-    parts: into how many parts the batch is split as micro-batches are, which bounds activations; one
-      that does not split so over the devices is taken whole.
+    parts: into how many parts the batch is split as micro-batches are, which bounds activations;
+      one that does not split so over the devices is taken whole.
     mesh: as for `make_train_step`.
   """
   devices = 1 if mesh is None else sharding.batch_size(mesh)

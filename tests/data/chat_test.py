@@ -146,8 +146,8 @@ def test_messages_need_a_template(gpt2):
   message = _error(chat.prompts, gpt2, ['text', [USER]], where=_where)
   assert message.startswith('file, row 2 is a list of messages, but the tokenizer ')
   assert message.endswith(
-      'tokenizers/gpt2 has no chat template; name one with --set=data.chat_template=FILE.jinja (the '
-      "trained model keeps it), use a chat model's tokenizer, or give prompts as text")
+      'tokenizers/gpt2 has no chat template; name one with --set=data.chat_template=FILE.jinja '
+      "(the trained model keeps it), use a chat model's tokenizer, or give prompts as text")
 
 
 def test_a_template_of_the_users_own(tmp_path):

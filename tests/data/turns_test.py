@@ -15,7 +15,8 @@ PLAIN = ('{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}'
          '{% if add_generation_prompt %}<a>{% endif %}')
 MARKED = ('{% for m in messages %}<{{ m.role[0] }}>{% if m.role == "assistant" %}'
           '{% generation %}{{ m.content }}<eos>{% endgeneration %}{{ "\n" }}'
-          '{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}')
+          '{% else %}{{ m.content }}{% endif %}{% endfor %}'
+          '{% if add_generation_prompt %}<a>{% endif %}')
 TALK = [{'role': 'system', 'content': 'S'}, {'role': 'user', 'content': 'one'},
         {'role': 'assistant', 'content': 'two'}, {'role': 'user', 'content': 'three'},
         {'role': 'assistant', 'content': 'four'}]

@@ -1,4 +1,4 @@
-"""Every default of every row, as the specification has it: a default is part of what a name means."""
+"""Every default of every row, as the specification has it: defaults are part of what names mean."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Distillation in NumPy float64, token by token; see policy_gradient_reference, which it adds to."""
+"""Distillation in NumPy float64, token by token; it adds to policy_gradient_reference."""
 
 import numpy as np
 

@@ -82,7 +82,8 @@ def test_soft_weights_scale_each_prompts_part():
             for n, x in cases.random_arrays().items()}
   demonstration, nothing = arrays['demonstration'], np.zeros(cases.B, bool)
   hyper = dict(entropy_coefficient=0.0, max_completion_tokens=9)
-  f, g = np.linspace(0.1, 0.9, cases.B, dtype=np.float32), np.linspace(2, 1, cases.B, dtype=np.float32)
+  f = np.linspace(0.1, 0.9, cases.B, dtype=np.float32)
+  g = np.linspace(2, 1, cases.B, dtype=np.float32)
   part = lambda **rows: gradient(hybrid.hpt_loss, {
       **arrays, 'from_rollouts': nothing, 'imitated': nothing, 'off_policy': nothing, **rows},
       **hyper)

@@ -138,7 +138,7 @@ def expected_metrics(case, b):
 
 
 def top_k_divergence(b, hyper):
-  """Mean over tokens of the divergence of sdft, token by token: ratio 1, and a mask of one token."""
+  """Mean over tokens of sdft's divergence, each by itself: ratio 1, and a mask of one token."""
   total, hyper = 0.0, {n: hyper[n] for n in ('interpolation', 'top_k', 'max_ratio')}
   for index in np.argwhere(b['loss_mask']):
     one = np.zeros_like(b['loss_mask'])

@@ -4,8 +4,8 @@ Here the links and scores; `preference_reference_batch` adds the gaps, aggregate
 
 `VALUES[name](w, l, at, **hyper)` gives the losses of the pairs, or a scalar where the loss is one
 of the whole batch; `SLOPES[name](w, l, **hyper)` gives (A_w, A_l), minus the derivative of each
-pair's loss in the summed log-probs, derived by hand. `at` is (w, l) at the point where constants (what
-ptjax stops the gradient of) are taken; a finite difference in w and l with `at` held still is
+pair's loss in the summed log-probs, derived by hand. `at` is (w, l) at the point where constants
+(what ptjax stops the gradient of) are taken; a finite difference in w and l with `at` held still is
 therefore the gradient. Slopes are per pair: a token's weight is A / B.
 """
 

@@ -47,8 +47,8 @@ def test_agrees_with_trl():
 
 
 def test_keeps_the_kind_of_the_weights():
-  found = following.synchronised({'w': jnp.ones(2, jnp.bfloat16)}, {'w': jnp.zeros(2, jnp.bfloat16)},
-                                 512)
+  ones, zeros = {'w': jnp.ones(2, jnp.bfloat16)}, {'w': jnp.zeros(2, jnp.bfloat16)}
+  found = following.synchronised(ones, zeros, 512)
   assert found['w'].dtype == jnp.bfloat16
 
 

@@ -133,7 +133,8 @@ def _ask(url, questions, **options):
 
 def test_replies_come_in_order_with_key_and_model(monkeypatch):
   monkeypatch.setenv('OPENAI_API_KEY', 'secret')
-  with endpoints.serve(lambda question, attempt: endpoints.reply(question.upper())) as (url, attempts):
+  behave = lambda question, attempt: endpoints.reply(question.upper())
+  with endpoints.serve(behave) as (url, attempts):
     questions = [f'question {i}' for i in range(20)]
     replies, waits = _ask(url + '/', questions, temperature=0.5, max_tokens=7,
                           timeout_seconds=10.0)
@@ -168,7 +169,8 @@ def test_trouble_passes_with_retries(trouble):
 
 
 def test_what_never_answers_is_given_up_and_the_rest_counts():
-  behave = lambda question, attempt: endpoints.reply('[[A]]') if question == 'good' else (503, {}, b'')
+  behave = lambda question, attempt: (
+      endpoints.reply('[[A]]') if question == 'good' else (503, {}, b''))
   with endpoints.serve(behave) as (url, attempts):
     replies, waits = _ask(url, ['bad', 'good'], retries=2)
     assert replies == [None, '[[A]]'] and len(attempts['bad']) == 3 and len(waits) == 2

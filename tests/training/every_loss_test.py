@@ -1,9 +1,9 @@
 """Every row of the table through the train step: no split and no mesh changes its update.
 
 Compiling a train step per row, split and mesh would take minutes, so one step trains many rows at
-once, each on parameters of its own: `[B, T]` becomes R blocks of T tokens, block r belongs to row r,
-and the loss is the sum of the rows' losses on their blocks. The gradient of row r's parameters is
-that of its loss alone.
+once, each on parameters of its own: `[B, T]` becomes R blocks of T tokens, block r belongs to row
+r, and the loss is the sum of the rows' losses on their blocks. The gradient of row r's parameters
+is that of its loss alone.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The whole update on eight devices: no device does another's work, and no activations are gathered.
+"""The whole update on eight devices: none does another's work, and no activations are gathered.
 
 What XLA counts and what stands in the compiled text; a loop's body counts once on any mesh.
 """

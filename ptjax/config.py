@@ -92,11 +92,14 @@ class DataSettings:
   packing: bool = True  # several examples or completions in a row, where that saves padding
   packed_tokens: int | None = None  # width of rows of examples; None: enough for the longest
   reference_cache: str | None = 'auto'  # folder of reference log-probs; auto: beside the data
+  streaming: bool = False  # True: an offline method's rows are read and tokenised as they come
+  window_rows: int = 8192  # of streamed data, read and shuffled together
 
   def __post_init__(self):
     _choice('data.overlong', self.overlong, ('drop', 'truncate', 'error'))
     _choice('data.turns', self.turns, ('last', 'all'))
-    _positive('data.max_prompt_tokens', self.max_prompt_tokens)
+    for name in ('max_prompt_tokens', 'window_rows'):
+      _positive(f'data.{name}', getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

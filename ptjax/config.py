@@ -94,10 +94,14 @@ class DataSettings:
   reference_cache: str | None = 'auto'  # folder of reference log-probs; auto: beside the data
   streaming: bool = False  # True: an offline method's rows are read and tokenised as they come
   window_rows: int = 8192  # of streamed data, read and shuffled together
+  # Rows that share 13 words in a row with eval.dataset: none (are looked for), report, drop; auto:
+  # report, but none of streamed rows, as it reads all of them at the start.
+  decontaminate: str = 'auto'
 
   def __post_init__(self):
     _choice('data.overlong', self.overlong, ('drop', 'truncate', 'error'))
     _choice('data.turns', self.turns, ('last', 'all'))
+    _choice('data.decontaminate', self.decontaminate, ('auto', 'none', 'report', 'drop'))
     for name in ('max_prompt_tokens', 'window_rows'):
       _positive(f'data.{name}', getattr(self, name))
 

@@ -10,9 +10,11 @@ from absl import logging
 from ptjax import config as settings
 from ptjax import learned
 from ptjax import stages
+from ptjax.data import decontaminate
 from ptjax.data import demonstrations
 from ptjax.data import examples
 from ptjax.data import formats
+from ptjax.data import intake as intake_lib
 from ptjax.data import offline as offline_door
 from ptjax.data import packing
 from ptjax.data import plain_text
@@ -40,12 +42,16 @@ class Data:
     rewards: RewardSet (of the online stages), or None.
     evaluation: evaluation.tasks.EvalTask, or None.
     judge: training.scoring.Compare, or None.
+    intake: per stage, what became of its rows, as JSON has it: counts of data.intake.Intake (of
+      streamed data those of the first window) and, where it was looked for, what they share with
+      the rows to evaluate on (data.decontaminate.Report).
   """
   doors: dict
   held_out: dict
   rewards: Any
   evaluation: Any
   judge: Any = None
+  intake: tuple = ()
 
 
 def load_data(config, plans, policy, *, parts=1, mesh=None):
@@ -61,14 +67,17 @@ def load_data(config, plans, policy, *, parts=1, mesh=None):
   Raises:
     UserError: what is wrong with a file, a column, a reward or a tokenizer.
   """
-  doors, held_out, rewards, judge, task = {}, {}, None, None, None
+  doors, held_out, rewards, judge, task, counts = {}, {}, None, None, None, []
   placed = {'policy': policy, 'mesh': mesh}
   for plan in plans:
-    rows = load_rows(plan.config)
+    rows, shared, left_out = _decontaminate(plan, load_rows(plan.config), config)
     door = load_door(plan, policy, rows, parts=parts)
     doors[plan.stage.index] = door
-    say = logging.warning if door.intake.dropped or door.intake.truncated else logging.info
-    say('%s: %s%s', plan.stage.name, door.intake, _remedy(door.intake))
+    intake = door.intake + left_out
+    say = logging.warning if intake.dropped or intake.truncated else logging.info
+    say('%s: %s%s', plan.stage.name, intake, _remedy(intake))
+    counts.append({'stage': plan.stage.name, **dataclasses.asdict(intake),
+                   'shared': None if shared is None else dataclasses.asdict(shared)})
     task = task_of(plan.config.dataset, rows)
     if plan.online and rewards is None and judge is None and stages.reads_rewards(plan):
       if config.judge is not None:
@@ -85,7 +94,39 @@ def load_data(config, plans, policy, *, parts=1, mesh=None):
                              'completions')
   return Data(doors, {k: v for k, v in held_out.items() if v is not None}, rewards,
               _evaluation_task(config, policy, task, rewards, measured=any(held_out.values())),
-              judge)
+              judge, tuple(counts))
+
+
+def _decontaminate(plan, rows, config):
+  """Looks for text of the evaluation rows among a stage's rows.
+
+  Args:
+    plan: stages.StagePlan.
+    rows: sources.Rows.
+    config: config.Config of the run, which says what is evaluated on.
+  Returns:
+    (the rows to train on, a decontaminate.Report or None, the Intake of what was left out).
+  Raises:
+    UserError: nothing is left.
+  """
+  asked, name = plan.config.data, config.eval.dataset
+  if name is None or asked.decontaminate == 'none' or (
+      asked.decontaminate == 'auto' and asked.streaming):
+    return rows, None, intake_lib.Intake(0, 0, 0, {})
+  evaluated = sources.load(tasks.split(name)[1], columns=config.data.columns,
+                           limit=config.eval.limit, seed=config.seed)
+  report = decontaminate.overlap(decontaminate.texts(rows), decontaminate.texts(evaluated))
+  dropped = len(report.hits) if asked.decontaminate == 'drop' else 0
+  say = logging.warning if report.hits else logging.info
+  say('%s: %s%s', plan.stage.name, report,
+      '; --set=data.decontaminate=drop leaves them out' if report.hits and not dropped else '')
+  reason = f'sharing {report.n} words in a row with --eval_dataset={name}'
+  if dropped == report.rows:
+    raise settings.UserError(f'{rows.name}: nothing left to train on: all {dropped} rows dropped, '
+                             f'{reason}; name other rows, or set data.decontaminate=report')
+  if dropped:
+    rows = decontaminate.drop(rows, report)
+  return rows, report, intake_lib.Intake(dropped, 0, 0, {reason: dropped} if dropped else {})
 
 
 def _remedy(intake):

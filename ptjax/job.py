@@ -1,6 +1,7 @@
 """Runs a whole job: folder, stages, checkpoints, evaluation, report."""
 
 import functools
+import json
 import os
 import shlex
 import shutil
@@ -52,6 +53,9 @@ def run(config, *, argv=None):
                          parts=sharding.batch_size(mesh), mesh=mesh)
   with run_folder.open_run(config, assembly.out_dir(config), argv=argv) as folder:
     run_folder.check_writable(folder.path, assembly.bytes_needed(policies['policy'], config))
+    if jax.process_index() == 0:
+      run_folder.write_atomically(folder.path / 'data.json',
+                                  json.dumps(data.intake, indent=2) + '\n')
     try:
       with _Run(config, folder, mesh, policies, plans, data) as job:
         completed = job.run()

@@ -209,6 +209,46 @@ def test_rows_of_the_wrong_kind(load, dataset, algo, message):
   assert message in str(raised.value) and '--set data.columns.' in str(raised.value)
 
 
+# Text of the rows to evaluate on.
+
+
+@pytest.mark.parametrize('algo', ['sft', 'cpt', 'kto'])
+def test_rows_that_are_evaluated_on_are_counted_and_left_out(root, load, caplog, algo):
+  held = f'eval.dataset={root}/held_rows.jsonl'  # the first two of six
+  def found(*more):
+    caplog.clear()
+    with caplog.at_level('INFO'):
+      data, tokenizer = load('rows', *more, algo=algo)
+    said = ' '.join(r.getMessage() for r in caplog.records if r.name == 'absl')
+    return data.intake[0], data.doors[0].intake.kept, said
+
+  counts, kept, said = found(held)
+  assert kept == counts['kept'] == 6 and counts['dropped'] == {}
+  assert [hit['row'] for hit in counts['shared']['hits']] == [0, 1]
+  assert '2 of 6 training rows (33.33 %) share 13 words' in said and 'decontaminate=drop' in said
+  counts, kept, said = found(held, 'data.decontaminate=drop')
+  assert kept == counts['kept'] == 4 and counts['rows'] == 6
+  reason = f'sharing 13 words in a row with --eval_dataset={root}/held_rows.jsonl'
+  assert counts['dropped'] == {reason: 2} and f'2 dropped (2 {reason})' in said
+  for unasked in ((held, 'data.decontaminate=none'), ()):
+    counts, kept, said = found(*unasked)
+    assert kept == 6 and counts['shared'] is None and 'share' not in said
+
+
+def test_streamed_rows_are_left_out_where_asked(root, load):
+  asked = ['data.streaming=true', 'data.window_rows=2', 'training.batch_size=2',
+           f'eval.dataset={root}/held_rows.jsonl']
+  assert load('rows', *asked, algo='sft')[0].intake[0]['shared'] is None
+  door = load('rows', *asked, 'data.decontaminate=drop', algo='sft')[0].doors[0]
+  assert len(door) == 4 and door.steps_per_epoch == 2
+
+
+def test_every_row_is_evaluated_on(root, load):
+  with pytest.raises(settings.UserError, match='nothing left to train on: all 6 rows dropped, '
+                                               'sharing 13 words in a row with'):
+    load('rows', f'eval.dataset={root}/rows.jsonl', 'data.decontaminate=drop', algo='sft')
+
+
 # Rewards.
 
 

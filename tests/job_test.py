@@ -88,8 +88,8 @@ def test_the_default_job_leaves_what_the_contract_lists(
   names = {path.name for path in folder.iterdir() if not path.name.startswith('.')}
   events = {name for name in names if name.startswith('events.')}
   assert len(events) == 1
-  assert names - events == {'config.json', 'metrics.jsonl', 'samples.jsonl', 'checkpoints',
-                            'model', 'report.html'}
+  assert names - events == {'config.json', 'data.json', 'metrics.jsonl', 'samples.jsonl',
+                            'checkpoints', 'model', 'report.html'}
   saved = json.loads((folder / 'config.json').read_text())
   assert saved['config']['training']['steps'] == 2 and saved['config']['algo'] == 'grpo'
   assert saved['versions']['jax'] and saved['seed'] == 0

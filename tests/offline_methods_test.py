@@ -171,3 +171,24 @@ def test_streamed_rows_survive_a_resume(root, compile_cache, name):
   job_runs.assert_same_run(whole, parts)
   records = job_runs.metrics(whole)
   assert sum(r['loss'] for r in records[-4:]) < sum(r['loss'] for r in records[:4])
+
+
+@pytest.mark.slow
+def test_rows_that_are_evaluated_on_do_not_train(root, compile_cache, capsys):
+  rows = [json.loads(line) for line in (root / 'labelled.jsonl').read_text().splitlines()]
+  (root / 'held_out.jsonl').write_text('\n'.join(map(json.dumps, rows[2:4])))
+  settings = {'eval__dataset': root / 'held_out.jsonl', 'data__decontaminate': 'drop',
+              'training__batch_size': len(rows), 'checkpoint__every_steps': 5}
+  out = train(root, compile_cache, 'sft', '--steps=5', run='-clean', **settings)
+  found, = json.loads((out / 'data.json').read_text())
+  assert (found['stage'], found['rows'], found['kept']) == ('sft', 8, 6)
+  assert list(found['dropped'].values()) == [2]
+  assert [(hit['row'], hit['evaluation_row']) for hit in found['shared']['hits']] == [
+      (2, 0), (3, 1)]
+  # One batch is an epoch: each answer left trains once, its end token too.
+  trained = [record['num_tokens'] for record in job_runs.metrics(out) if record['step'] == 1]
+  assert trained == [sum(len(row['completion']) + 1 for row in rows[:2] + rows[4:])]
+  # Other rows to evaluate on would be other rows to train on.
+  with pytest.raises(AssertionError):
+    train(root, compile_cache, 'sft', run='-clean', eval__limit=1, **settings)
+  assert 'eval.limit was 256, now 1' in capsys.readouterr().err

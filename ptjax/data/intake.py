@@ -17,7 +17,7 @@ class Intake:
 
   def __add__(self, other):
     """Returns the counts of both together."""
-    pieces = None if self.pieces is None else self.pieces + other.pieces
+    pieces = None if self.pieces is None else self.pieces + (other.pieces or 0)
     return Intake(self.rows + other.rows, self.kept + other.kept, self.truncated + other.truncated,
                   dict(collections.Counter(self.dropped) + collections.Counter(other.dropped)),
                   pieces)

@@ -23,6 +23,9 @@ from ptjax import config as settings
 MAY_CHANGE = ('training.steps', 'out_dir', 'resume', 'mesh', 'log.', 'eval.', 'checkpoint.',
               'rewards.workers', 'plan.')
 
+# Which rows train depends on these where rows that share text with them are dropped.
+_DROPPED_BY = ('eval.dataset', 'eval.limit')
+
 _PACKAGES = ('ptjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'numpy')
 
 
@@ -207,7 +210,7 @@ def _decide(path, config):
         f'({type(error).__name__}: {error}); restore it or choose another --out_dir') from error
   refused = []
   for key, before, after in changed_keys(old, settings.to_dict(config)):
-    if _may_change(key):
+    if _may_change(key) and not (key in _DROPPED_BY and _drops(config)):
       logging.info('continuing with %s=%s (was %s)', key, after, before)
     else:
       refused.append(f'{key} was {json.dumps(before)}, now {json.dumps(after)}')
@@ -225,6 +228,12 @@ def _decide(path, config):
 
 def _may_change(key):
   return any(key == name or (name.endswith('.') and key.startswith(name)) for name in MAY_CHANGE)
+
+
+def _drops(config):
+  """Whether some stage leaves out rows that share text with the rows to evaluate on."""
+  asked = (stage.get('data.decontaminate') for stage in config.stages.values())
+  return 'drop' in (config.data.decontaminate, *asked)
 
 
 def _describe_run(config, argv):

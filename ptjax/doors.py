@@ -75,7 +75,8 @@ def load_data(config, plans, policy, *, parts=1, mesh=None):
     doors[plan.stage.index] = door
     intake = door.intake + left_out
     say = logging.warning if intake.dropped or intake.truncated else logging.info
-    say('%s: %s%s', plan.stage.name, intake, _remedy(intake))
+    first = f'first window, of {len(door)} rows: ' if plan.config.data.streaming else ''
+    say('%s: %s%s%s', plan.stage.name, first, intake, _remedy(intake))
     counts.append({'stage': plan.stage.name, **dataclasses.asdict(intake),
                    'shared': None if shared is None else dataclasses.asdict(shared)})
     task = task_of(plan.config.dataset, rows)

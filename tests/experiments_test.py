@@ -26,7 +26,7 @@ PLANNED = {  # file -> what its plan must say
     'grpo_gsm8k_qwen2_5_7b': ('7,615.6 M parameters', '128 prompts x 8, up to 256 + 1024 tokens',
                               'fsdp=8, tensor=1, planned on 8 cpu devices', 'data sheet of H100'),
     'hybrid_arithmetic': ('stage hpt', '0.8 M parameters', 'planned on 1 cpu device\n'),
-    'gpt2_sft_dpo_lora': ('stage sft', 'stage dpo', '124.4 M parameters', '32 prompts x 2, up to'),
+    'gpt2_sft_dpo_lora': ('stage sft', 'stage dpo', '124.4 M parameters', 'packed rows of'),
 }
 
 

@@ -86,9 +86,11 @@ def run(stage, state, source, train_step, *, record, save, evaluate=None, eval_e
     TrainingFailed: too many updates in a row were not finite.
   """
   waiting = collections.deque()  # (step, host metrics, device metrics, samples, start time)
+  device_free = 0.0  # when the step before was done; one dispatched earlier has waited for it
 
   def report(leave=0):
     """Records the steps that are waiting, but for the last `leave`; returns the last bad_steps."""
+    nonlocal device_free
     bad_steps = 0
     while len(waiting) > leave:
       step, metrics, on_device, samples, started = waiting[0]
@@ -99,7 +101,8 @@ def run(stage, state, source, train_step, *, record, save, evaluate=None, eval_e
       tokens = metrics.pop('train_tokens')
       counters['num_tokens'] += tokens
       metrics.pop('rollout_tokens', None)
-      metrics.setdefault('timing_s/update', now - started)
+      metrics.setdefault('timing_s/update', now - max(started, device_free))
+      device_free = now
       total = sum(v for k, v in metrics.items() if k.startswith('timing_s/'))
       metrics.update(on_device, step_time=total, num_tokens=counters['num_tokens'],
                      stage=stage.name, **{'perf/train_tokens_per_second': tokens / total})
@@ -135,7 +138,7 @@ def run(stage, state, source, train_step, *, record, save, evaluate=None, eval_e
     last = step + 1 == stage.steps
     if evaluate is not None and (last or (eval_every and (step + 1) % eval_every == 0)):
       jax.block_until_ready(on_device)
-      metrics['timing_s/update'] = time.perf_counter() - started
+      metrics['timing_s/update'] = time.perf_counter() - max(started, device_free)
       eval_started = time.perf_counter()
       metrics.update(evaluate(state.params))
       metrics['timing_s/eval'] = time.perf_counter() - eval_started

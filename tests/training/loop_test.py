@@ -177,3 +177,32 @@ def test_a_second_signal_is_not_caught():
     assert not interrupt.requested and signal.getsignal(signal.SIGTERM) is handler
   finally:
     signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.mark.parametrize('waits', [True, False])
+def test_the_times_of_steps_that_overlap_add_up_to_the_clocks(monkeypatch, waits):
+  clock = types.SimpleNamespace(now=100.0, device_free=0.0)
+  monkeypatch.setattr(loop, 'time', types.SimpleNamespace(perf_counter=lambda: clock.now))
+
+  class Loss:
+    """A number that the device has computed at a certain time."""
+
+    def __init__(self, done_at):
+      self.done_at = done_at
+
+    def __array__(self, dtype=None, copy=None):
+      clock.now = max(clock.now, self.done_at)
+      return np.zeros((), np.float32)
+
+  def train_step(state, batch):  # returns at once, and takes the device for two seconds
+    clock.device_free = max(clock.now, clock.device_free) + 2.0
+    return State(batch + 1), {'loss': Loss(clock.device_free), 'bad_steps': np.int32(0)}
+
+  source, records = Source(waits), []
+  source.batch = lambda params, step, loss_state: (step, {'train_tokens': 10}, None)
+  loop.run(loop.Stage('sft', 0, 5, 5), State(0), source, train_step,
+           record=lambda step, metrics, samples: records.append(metrics),
+           save=lambda *_: None, checkpoint_every=100, max_bad_steps=3,
+           interrupt=types.SimpleNamespace(agreed=lambda: False), counters={'num_tokens': 0})
+  assert [record['step_time'] for record in records] == [2.0] * 5 and clock.now == 110.0
+  assert [record['perf/train_tokens_per_second'] for record in records] == [5.0] * 5

@@ -10,7 +10,7 @@ Command: python experiments/gpt2_sft_dpo_lora.py --model=DIR_OF_GPT2_124M --data
   DIR holds quora/quora_pairs.csv, shakespeare/{sonnets,sonnets_held_out_dev,
   TRUE_sonnets_held_out_dev}.txt and, for --small, tinystories/tinystories_val_a.txt.
 Hardware: one GPU; with --small two CPU cores.
-Expected time: GPT-2 124M not yet run; --small see BENCHMARKS.md.
+Expected time: GPT-2 124M not yet run; --small --scale=0.3 about an hour on two busy cores.
 Number to reach: what the study reports of GPT-2: full fine-tuning ahead of LoRA, small gains from
   DPO. With --small the base is a model of two million weights, pretrained here for some minutes:
   it shows that the grid runs and what each arm costs, not what GPT-2 can do.

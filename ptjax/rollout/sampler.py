@@ -94,8 +94,8 @@ class Sampler:
   for slots, and from then on, each chunk copies those of the completions it decodes.
 
   Unless told how many slots to use, it decodes all completions together. On a CPU, half of them at
-  a time once a call has drawn completions less than half as long, on average, as its longest: for
-  lengths that are nearly geometric that took 1.17x less, for equal ones it would take 1.3x more.
+  a time once a call has drawn completions less than half as long, on average, as its longest (1.17x
+  less CPU time for 64 nearly geometric ones behind prompts of 32 tokens).
 
   Attributes:
     compilations: XLA programs compiled so far: three, and one for each number of slots and window

@@ -239,7 +239,7 @@ class StageRun:
                                  mesh=self._mesh, samplers=self._samplers)
     if not self.plan.online:
       return offline.OfflineSource(door, mesh=self._mesh, lay_out=self.lay_out)
-    samplers = {name: self._sampler(name, *who) for name, who in self.drawn_by().items()}
+    samplers = self.samplers()
     log_probs = {name: self._pass(*what) for name, what in self.passes().items()}
     return online.RolloutSource(
         self.collector(door, samplers, log_probs, self._data.rewards), config.training,
@@ -276,6 +276,10 @@ class StageRun:
     if 'teacher' in self._recipe.samplers:
       found['teacher'] = 'teacher', options
     return found
+
+  def samplers(self):
+    """Returns {name: (params, prompts, key) -> Completions} of all that `drawn_by` names."""
+    return {name: self._sampler(name, *who) for name, who in self.drawn_by().items()}
 
   def passes(self):
     """Input's name -> (role of the model, output): forward passes over every rollout."""

@@ -51,8 +51,7 @@ def main():
   with tempfile.TemporaryDirectory() as folder, combine.load([slow]) as rewards:
     made = stage_run.StageRun(plan, policies, data, mesh, pathlib.Path(folder))
     params = made.begin(None).params
-    samplers = {name: made._sampler(*who) for name, who in made.drawn_by().items()}
-    collectors = {parts: made.collector(data.doors[0], samplers, {}, rewards)
+    collectors = {parts: made.collector(data.doors[0], made.samplers(), {}, rewards)
                   for parts in arguments.parts}
     for parts, collector in collectors.items():
       collector.overlap = parts

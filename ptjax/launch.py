@@ -101,7 +101,7 @@ def main(argv):
     from ptjax import assembly
     assembly.start_processes(values['coordinator'], values['num_processes'], values['process_id'])
     if values['plan']:
-      from ptjax import planner
+      from ptjax.plan import planner
       print(planner.plan(config))
       return 0
     from ptjax import job

@@ -21,6 +21,7 @@ ROOMS = {
     'training': 'Prompts to batch to gradient to checkpoint',
     'evaluation': 'How good a policy is, with intervals',
     'inspect': 'What a loss does to each token',
+    'plan': 'What a run would need, and what would fit',
 }
 
 _HEAD = '''# The house

@@ -12,8 +12,8 @@ import pytest
 
 from ptjax import assembly
 from ptjax import experiment
-from ptjax import planner
 from ptjax import stages
+from ptjax.plan import planner
 from ptjax.training import algorithm as binding
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

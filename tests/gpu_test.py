@@ -10,7 +10,7 @@ import pytest
 from ptjax import config as settings
 from ptjax import gpu
 from ptjax import job
-from ptjax import planner
+from ptjax.plan import planner
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import job_runs

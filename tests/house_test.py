@@ -16,11 +16,9 @@ FLOORS = {
     'algorithm': 2, 'losses': 2, 'models': 2, 'data': 2, 'rewards': 2,
     'algorithms': 3, 'rollout': 3,
     'training': 4, 'evaluation': 4,
-    'algorithm_table': 5, 'asking': 5, 'assembly': 5, 'collectives': 5, 'doors': 5,
-    'dry_batch': 5, 'dry_run': 5, 'experiment': 5, 'gpu': 5, 'plan_fit': 5, 'plan_text': 5,
-    'rates': 5, 'job': 5, 'launch': 5, 'overrides': 5, 'planner': 5, 'reference': 5,
+    'algorithm_table': 5, 'asking': 5, 'assembly': 5, 'doors': 5, 'experiment': 5, 'gpu': 5,
+    'inspect': 5, 'job': 5, 'launch': 5, 'learned': 5, 'overrides': 5, 'plan': 5, 'reference': 5,
     'stage_run': 5, 'stages': 5,
-    'inspect': 5, 'learned': 5,
 }
 HOMES = {  # outside package -> where it may be imported
     'absl.flags': ('launch',),

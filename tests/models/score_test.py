@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptjax import collectives
 from ptjax import config as settings
 from ptjax import sharding
 from ptjax.models import config as config_lib
 from ptjax.models import policy
 from ptjax.models import transformer
+from ptjax.plan import collectives
 
 B, T, V = 8, 5, 24
 CONFIG = config_lib.TransformerConfig(

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from ptjax import collectives
 from ptjax import keys
 from ptjax import sharding
+from ptjax.plan import collectives
 from ptjax.rollout import sampler
 from ptjax.rollout import schedule
 

@@ -10,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from ptjax import collectives
-from ptjax import dry_run
 from ptjax import sharding
 from ptjax import types
 from ptjax.losses import policy_gradient
 from ptjax.models import hub
 from ptjax.models import presets
+from ptjax.plan import collectives
+from ptjax.plan import dry_run
 from ptjax.training import forward as training_forward
 from ptjax.training import state as training_state
 from ptjax.training import step as training_step

@@ -7,13 +7,14 @@ import sys
 
 import pytest
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 _CODE = '''
 import gc
 import jax
 import jax.numpy as jnp
-from ptjax import config, dry_batch, dry_run, overrides, assembly, planner, sharding, stages
+from ptjax import assembly, config, overrides, sharding, stages
+from ptjax.plan import dry_batch, dry_run, planner
 
 settings = config.Config(mesh='fsdp=1')
 for assignment in ('rollout.num_prompts=32', 'rollout.group_size=8', 'data.packing=false',

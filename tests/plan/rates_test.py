@@ -6,9 +6,9 @@ import jax
 
 from ptjax import config as settings
 from ptjax import overrides
-from ptjax import rates
 from ptjax import sharding
 from ptjax.models import presets
+from ptjax.plan import rates
 
 SMALL = presets.get('tiny')
 HALF = presets.get('tiny', dtype='bfloat16')

@@ -13,11 +13,11 @@ import time
 import jax
 import numpy as np
 
-from ptjax import collectives
-from ptjax import rates
 from ptjax import sharding
 from ptjax import types
 from ptjax.models import hub
+from ptjax.plan import collectives
+from ptjax.plan import rates
 from ptjax.rollout import sampler
 
 

@@ -6,10 +6,10 @@ import json
 import jax
 
 from ptjax import config as settings
-from ptjax import dry_run
-from ptjax import plan_fit
-from ptjax import rates as rates_of
 from ptjax.models import hub
+from ptjax.plan import dry_run
+from ptjax.plan import fit as plan_fit
+from ptjax.plan import rates as rates_of
 
 GIB = 2.0**30
 

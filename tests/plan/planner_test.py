@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from ptjax import config as settings
-from ptjax import dry_run
 from ptjax import experiment
 from ptjax import job
 from ptjax import overrides
-from ptjax import planner
-from ptjax import rates as device_rates
 from ptjax import sharding
 from ptjax import types
 from ptjax.models import costs
 from ptjax.models import hub
 from ptjax.models import presets
 from ptjax.models import transformer
+from ptjax.plan import dry_run
+from ptjax.plan import planner
+from ptjax.plan import rates as device_rates
 from ptjax.rollout import sampler
 from ptjax.training import step as training_step
 

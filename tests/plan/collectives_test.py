@@ -9,8 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from ptjax import collectives
 from ptjax import sharding
+from ptjax.plan import collectives
 
 
 def received(function, *shapes, **options):

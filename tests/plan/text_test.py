@@ -3,12 +3,12 @@
 import pytest
 
 from ptjax import config as settings
-from ptjax import plan_fit
-from ptjax import plan_text
-from ptjax import planner
-from ptjax import rates
 from ptjax import stages
 from ptjax.models import costs
+from ptjax.plan import fit as plan_fit
+from ptjax.plan import planner
+from ptjax.plan import rates
+from ptjax.plan import text as plan_text
 
 RATES = rates.Rates('test', flops=1e12, bytes=1e9, link=1e9, network=1e8, memory=80)
 

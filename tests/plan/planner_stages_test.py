@@ -12,20 +12,20 @@ import pytest
 from ptjax import assembly
 from ptjax import config as settings
 from ptjax import doors
-from ptjax import dry_batch
-from ptjax import dry_run
 from ptjax import keys
 from ptjax import overrides
-from ptjax import plan_text
-from ptjax import planner
-from ptjax import rates as device_rates
 from ptjax import sharding
 from ptjax import stage_run
 from ptjax import stages
 from ptjax.models import costs
 from ptjax.models import hub
+from ptjax.plan import dry_batch
+from ptjax.plan import dry_run
+from ptjax.plan import planner
+from ptjax.plan import rates as device_rates
+from ptjax.plan import text as plan_text
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import job_runs
 
 SIZES = dict(width=16, num_layers=2, num_heads=8, num_kv_heads=2, mlp_width=16, max_length=64)

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from ptjax import config as settings
-from ptjax import plan_fit
-from ptjax import planner
 from ptjax import stages
 from ptjax.models import costs
+from ptjax.plan import fit as plan_fit
+from ptjax.plan import planner
 
 GIB = 2**30
 DEVICES = 2

@@ -2,8 +2,8 @@
 
 Memory comes from the run's own programs, compiled for the real mesh from shapes alone (on virtual
 CPU devices where the machine has not got them); FLOPs and bytes are counted from shapes; seconds
-are those divided by stated rates (rates.py). plan_fit.py asks how much would fit, plan_text.py
-writes it all down.
+are those divided by stated rates (rates.py). fit.py asks how much would fit, text.py writes it all
+down.
 """
 
 import collections
@@ -17,18 +17,18 @@ import jax.numpy as jnp
 
 from ptjax import assembly
 from ptjax import config as settings
-from ptjax import dry_batch
-from ptjax import dry_run
 from ptjax import learned
-from ptjax import plan_fit
-from ptjax import plan_text
-from ptjax import rates as device_rates
 from ptjax import sharding
 from ptjax import stages
 from ptjax.data import sources
 from ptjax.models import costs
 from ptjax.models import hub
 from ptjax.models import presets
+from ptjax.plan import dry_batch
+from ptjax.plan import dry_run
+from ptjax.plan import fit as plan_fit
+from ptjax.plan import rates as device_rates
+from ptjax.plan import text as plan_text
 from ptjax.training import step as training_step
 from ptjax.training import trained
 

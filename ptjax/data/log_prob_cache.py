@@ -32,7 +32,7 @@ class Key:
 
   None in a key that is asked for means any: a resumed run no longer has the first weights.
   """
-  weights: str | None = ''  # `digest_params` or `digest_files`
+  weights: str | None = ''  # `digest_params`
   tokenizer: str | None = ''  # `digest_tokenizer`
   template: str | None = ''  # `digest_template`
   rows: str | None = ''  # Examples.digest: token ids and which of them train
@@ -50,15 +50,6 @@ def digest_params(params):
     array = np.ascontiguousarray(sharding.fetch(leaf))
     found.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}'.encode())
     found.update(array.reshape(-1).view(np.uint8))
-  return found.hexdigest()
-
-
-def digest_files(paths):
-  """Returns a hex digest of files' bytes and names, in the order of their names."""
-  found = hashlib.sha256()
-  for path in sorted(map(pathlib.Path, paths), key=lambda p: p.name):
-    with open(path, 'rb') as file:
-      found.update(f'{path.name} {hashlib.file_digest(file, "sha256").hexdigest()}\n'.encode())
   return found.hexdigest()
 
 

@@ -77,10 +77,6 @@ class OfflineDoor:
     """Returns all places [N] ordered by length: batches of neighbours hold little padding."""
     return np.lexsort((self._prompt_lengths, self._completion_lengths))
 
-  def completion_lengths(self, place):
-    """Returns the tokens of an example's G completions."""
-    return [len(completion) for completion in self.examples.completions[place]]
-
   def digest(self):
     """Returns a hex digest of all token ids and which of them train, in example order."""
     return self.examples.digest()

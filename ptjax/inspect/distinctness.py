@@ -7,8 +7,6 @@ from ptjax import algorithms
 from ptjax.inspect import example
 from ptjax.inspect import weights
 
-TWINS = 1e-9  # a cosine this close to 1 or -1 is no accident of the batch
-
 # The sets of rows whose gradients have one direction on any batch, or on this one, and why.
 SAME = (
     (('sft', 'cpt', 'seqkd', 'ssd', 'raft'), 'one loss on other text'),
@@ -44,9 +42,3 @@ def cosines(gradients):
   sizes = np.linalg.norm(gradients, axis=1, keepdims=True)
   unit = gradients / np.where(sizes > 0, sizes, 1.0)
   return unit @ unit.T
-
-
-def twins(names, matrix):
-  """Pairs of names with a cosine within TWINS of 1 or -1."""
-  places = np.argwhere(np.triu(np.abs(matrix) > 1.0 - TWINS, k=1))
-  return [(names[i], names[j]) for i, j in places]

@@ -111,17 +111,13 @@ def preference_model_loss(preference_logits, *, labels):
   return _binary_cross_entropy(preference_logits, labels)
 
 
-def preference_probability(preference_logits, swapped_logits):
-  """P(y > y' | x) averaged over both orders, [B]: ½ (σ(logit) + 1 - σ(swapped logit))."""
-  return 0.5 * (jax.nn.sigmoid(preference_logits) + jax.nn.sigmoid(-swapped_logits))
-
-
 def prm_loss(step_logits, *, step_labels, step_mask):
   """Process reward model: two-class cross-entropy at the step separators, mean over steps.
 
   Args:
     step_logits: [B, T, 2]; class 1 means the step is good. Carries the gradient.
-    step_labels: [B, T] bool, or float in [0, 1] (`math_shepherd_labels`).
+    step_labels: [B, T] bool, or float in [0, 1]: the fraction of a step's continuations that
+      reach the right answer (arXiv:2312.08935, eq. 4).
     step_mask: [B, T] bool; True at the token that ends a step.
   Source: arXiv:2211.14275, arXiv:2305.20050.
   """
@@ -143,26 +139,3 @@ def _step_log_odds(step_logits, step_mask):
                     custom_message='step_logits must be [B, T, 2] with step_mask [B, T]')
   good, bad = masking.clean(step_mask, good=step_logits[..., 1], bad=step_logits[..., 0])
   return good - bad
-
-
-def prm_min_score(step_logits, step_mask):
-  """A solution's score, [B]: the least probability of a good step; 1 without steps."""
-  probabilities = jax.nn.sigmoid(_step_log_odds(step_logits, step_mask))
-  return jnp.where(step_mask, probabilities, 1.0).min(axis=1)
-
-
-def prm_product_score(step_logits, step_mask):
-  """A solution's score, [B]: the product of the probabilities of good steps; 1 without steps."""
-  log_probabilities = jax.nn.log_sigmoid(_step_log_odds(step_logits, step_mask))
-  return jnp.exp(jnp.where(step_mask, log_probabilities, 0.0).sum(axis=1))
-
-
-def math_shepherd_labels(verified):
-  """Step labels from rollouts: the fraction of K continuations of a step that verify.
-
-  Args:
-    verified: [..., K] bool; whether each continuation reached the right answer.
-  Returns:
-    [...] float32 in [0, 1]; compare with 0 for the hard labels. Source: arXiv:2312.08935, eq. 4.
-  """
-  return jnp.asarray(verified).mean(axis=-1, dtype=jnp.float32)

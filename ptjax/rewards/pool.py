@@ -79,10 +79,6 @@ class WorkerPool:
         raise
     return outcomes
 
-  def process_ids(self):
-    """Returns the ids of the worker processes now running."""
-    return [worker.process.pid for worker in self._workers]
-
   def close(self):
     """Ends the workers."""
     with self._lock:

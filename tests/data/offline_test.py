@@ -115,12 +115,11 @@ def test_attached_values_follow_their_completions():
     door.attach('x', [values[0][1:], *values[1:]])
 
 
-def test_by_length_and_lengths():
+def test_by_length_are_all_examples_the_longest_completion_last():
   examples = _examples(30)
-  door = offline.OfflineDoor(examples, batch_size=4)
-  longest = [max(door.completion_lengths(i)) for i in door.by_length()]
-  assert longest == sorted(longest) and len(longest) == 30
-  assert door.completion_lengths(3) == [len(c) for c in examples.completions[3]]
+  order = offline.OfflineDoor(examples, batch_size=4).by_length()
+  longest = [max(len(completion) for completion in examples.completions[i]) for i in order]
+  assert longest == sorted(longest) and sorted(order) == list(range(30))
 
 
 def test_the_digest_depends_on_every_token_on_which_train_and_on_the_order():

@@ -190,32 +190,6 @@ def test_prm_of_a_single_step_and_of_none():
     assert float(metrics['accuracy']) == float(steps.any() and good > 0)
 
 
-def test_prm_scores_are_the_minimum_and_the_product_over_steps():
-  logits, mask = step_arrays()
-  mask = np.concatenate([mask, np.zeros((1, T), bool)])
-  logits = np.concatenate([logits, np.full((1, T, 2), np.nan)])
-  good = sigmoid(np.nan_to_num(logits[..., 1] - logits[..., 0]))
-  np.testing.assert_allclose(reward_model.prm_min_score(jnp.asarray(logits), jnp.asarray(mask)),
-                             [good[0, [1, 3]].min(), good[1, 4], 1.0], rtol=1e-5)
-  np.testing.assert_allclose(
-      reward_model.prm_product_score(jnp.asarray(logits), jnp.asarray(mask)),
-      [good[0, 1] * good[0, 3], good[1, 4], 1.0], rtol=1e-5)
-
-
-def test_preference_probability_does_not_depend_on_the_order():
-  logits, swapped = (jnp.asarray(r) for r in rewards())
-  probability = reward_model.preference_probability(logits, swapped)
-  np.testing.assert_allclose(
-      probability, 1.0 - reward_model.preference_probability(swapped, logits), rtol=1e-6)
-  np.testing.assert_allclose(probability, 0.5 * (sigmoid(rewards()[0]) + sigmoid(-rewards()[1])),
-                             rtol=1e-6)
-
-
-def test_math_shepherd_labels_are_the_verified_fractions():
-  verified = np.array([[[True, True, False, False], [False] * 4]])
-  np.testing.assert_array_equal(reward_model.math_shepherd_labels(verified), [[0.5, 0.0]])
-
-
 BAD = [
     (reward_model.reward_bt_loss, (np.ones(2), np.ones(3)), {}, r'rejected_rewards.*\[3\]'),
     (reward_model.reward_margin_loss, (np.ones(2), np.ones(2)), {'margins': None}, 'margins'),

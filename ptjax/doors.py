@@ -70,7 +70,7 @@ def load_data(config, plans, policy, *, parts=1, mesh=None):
   doors, held_out, rewards, judge, task, counts = {}, {}, None, None, None, []
   placed = {'policy': policy, 'mesh': mesh}
   for plan in plans:
-    rows, shared, left_out = _decontaminate(plan, load_rows(plan.config), config)
+    rows, shared, left_out = training_rows(plan, config)
     door = load_door(plan, policy, rows, parts=parts)
     doors[plan.stage.index] = door
     intake = door.intake + left_out
@@ -98,19 +98,18 @@ def load_data(config, plans, policy, *, parts=1, mesh=None):
               judge, tuple(counts))
 
 
-def _decontaminate(plan, rows, config):
-  """Looks for text of the evaluation rows among a stage's rows.
+def training_rows(plan, config):
+  """Loads the rows of a stage and looks among them for text of the evaluation rows.
 
   Args:
     plan: stages.StagePlan.
-    rows: sources.Rows.
     config: config.Config of the run, which says what is evaluated on.
   Returns:
     (the rows to train on, a decontaminate.Report or None, the Intake of what was left out).
   Raises:
-    UserError: nothing is left.
+    UserError: what is wrong with a file or a column, or nothing is left.
   """
-  asked, name = plan.config.data, config.eval.dataset
+  asked, name, rows = plan.config.data, config.eval.dataset, load_rows(plan.config)
   if name is None or asked.decontaminate == 'none' or (
       asked.decontaminate == 'auto' and asked.streaming):
     return rows, None, intake_lib.Intake(0, 0, 0, {})

@@ -52,22 +52,23 @@ class Widest:
   batches: int = 1
 
 
-def make(plan, policies, mesh, *, local):
+def make(plan, policies, mesh, rows):
   """Makes the widest batch of a stage.
 
   Args:
     plan: stages.StagePlan.
     policies: role -> assembly.Policy; weights are not loaded.
     mesh: the mesh.
-    local: whether the data can be read; else filler stands in.
+    rows: sources.Rows that the stage trains on, as `doors.training_rows` gives them; None: filler,
+      where they cannot be read.
   Returns:
     (stage_run.StageRun, Widest).
   Raises:
     UserError: what is wrong with the data.
   """
   parts = sharding.batch_size(mesh)
-  if local:
-    door = doors.load_door(plan, policies['policy'], doors.load_rows(plan.config), parts=parts)
+  if rows is not None:
+    door = doors.load_door(plan, policies['policy'], rows, parts=parts)
   else:
     letters = tokenizers.characters(tokenizers.PRINTABLE)
     policies = {**policies, 'policy': dataclasses.replace(

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 
 from ptjax import assembly
 from ptjax import config as settings
+from ptjax import doors
 from ptjax import learned
 from ptjax import sharding
 from ptjax import stages
 from ptjax.data import sources
+from ptjax.evaluation import tasks
 from ptjax.models import costs
 from ptjax.models import hub
 from ptjax.models import presets
@@ -74,6 +76,7 @@ class StageEstimate:
   phases: dict  # phase -> {part -> bytes}, each there while the phase lasts
   work: tuple  # Work
   programs: dict  # name -> dry_run.Program
+  may_pack: bool = False  # whether shorter completions than those planned may share rows
 
   @property
   def fullest(self):
@@ -94,14 +97,16 @@ def plan(config):
   """
   assembly.use_compile_cache(config.log.compile_cache)
   mesh = planning_mesh(config.mesh)
-  plans, policies = _prepare(config, mesh)
+  plans, policies, rows = _prepare(config, mesh)
   model = policies['policy'].config
   rates = device_rates.assumed(config.plan, model, mesh)
-  found = [stage(one, policies, mesh) for one in plans]
-  fits = [plan_fit.fit(one, estimate, lambda changed, parts: stage(changed, policies, mesh, parts),
-                       sharding.batch_size(mesh), rates.memory)
-          for one, estimate in zip(plans, found)]
-  return plan_text.text(config, model, mesh, rates, found, fits, local=is_local(config))
+  found, fits = [], []
+  for one, own in zip(plans, rows):
+    measure = lambda plan, parts=PARTS, own=own: stage(plan, policies, mesh, own, parts)
+    found.append(measure(one))
+    fits.append(plan_fit.fit(one, found[-1], measure, sharding.batch_size(mesh), rates.memory))
+  return plan_text.text(config, model, mesh, rates, found, fits,
+                        local=all(own is not None for own in rows))
 
 
 def planning_mesh(text):
@@ -131,15 +136,17 @@ def estimate(config, mesh):
   Raises:
     UserError: see `plan`.
   """
-  plans, policies = _prepare(config, mesh)
-  return policies['policy'].config, [stage(one, policies, mesh) for one in plans]
+  plans, policies, rows = _prepare(config, mesh)
+  return policies['policy'].config, [
+      stage(one, policies, mesh, own) for one, own in zip(plans, rows)]
 
 
 def _prepare(config, mesh):
+  """The stages' plans, the models, and for each stage what `training_rows` gives."""
   plans = stages.stage_plans(config)
   policies = assembly.load_policies(config, plans, load=load_policy)
   assembly.check(plans, policies['policy'].config, mesh)
-  return plans, policies
+  return plans, policies, [training_rows(plan, config) for plan in plans]
 
 
 def load_policy(config, *, num_labels=0):
@@ -155,27 +162,35 @@ def load_policy(config, *, num_labels=0):
   return assembly.Policy(model, None, (), None)
 
 
-def is_local(config):
-  """Whether model and data can be read without a network."""
+def training_rows(plan, config):
+  """The rows a stage of a run would train on; None where that takes a network to say."""
+  drops = plan.config.data.decontaminate == 'drop' and config.eval.dataset is not None
   known = config.model in presets.names() or os.path.isdir(config.model)
-  name = config.dataset.partition('@')[0].partition(':')[0]
-  on_hub = re.fullmatch(r'[\w.-]+/[\w.-]+', name) and not os.path.exists(name) and not (
+  names = [plan.config.dataset, *([tasks.split(config.eval.dataset)[1]] if drops else [])]
+  if not known or any(map(_on_hub, names)):
+    return None
+  return doors.training_rows(plan, config)[0] if drops else doors.load_rows(plan.config)
+
+
+def _on_hub(dataset):
+  name = dataset.partition('@')[0].partition(':')[0]
+  return bool(re.fullmatch(r'[\w.-]+/[\w.-]+', name)) and not os.path.exists(name) and not (
       os.path.splitext(name)[1] in sources.SUFFIXES)
-  return known and not on_hub
 
 
-def stage(plan, policies, mesh, parts=PARTS):
+def stage(plan, policies, mesh, rows, parts=PARTS):
   """Compiles a stage's programs and puts its numbers together.
 
   Args:
     plan: stages.StagePlan.
     policies: role -> assembly.Policy.
     mesh: the mesh.
+    rows: see `dry_batch.make`.
     parts: which of PARTS.
   """
   compiled = {role: dataclasses.replace(policy, config=dry_run.compiled_dtype(policy.config, mesh))
               for role, policy in policies.items()}
-  made, widest = dry_batch.make(plan, compiled, mesh, local=is_local(plan.config))
+  made, widest = dry_batch.make(plan, compiled, mesh, rows)
   found = _Found(plan, policies, mesh, made, widest)
   if 'rollout' in parts:
     found.add_rollouts()
@@ -184,7 +199,8 @@ def stage(plan, policies, mesh, parts=PARTS):
   if 'update' in parts:
     found.add_update()
   return StageEstimate(plan.stage.name, widest.rows, found.resident, found.phases,
-                       tuple(found.work), found.programs)
+                       tuple(found.work), found.programs,
+                       may_pack=plan.online and plan.packs_completions)
 
 
 class _Found:

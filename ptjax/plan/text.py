@@ -62,6 +62,9 @@ def _stage_lines(stage, mesh, rates):
   else:
     yield (f'stage {stage.name}: {rows.prompts} prompts x {rows.group_size}, up to '
            f'{rows.prompt_tokens} + {rows.completion_tokens} tokens')
+  if stage.may_pack:
+    yield ('  every completion at full length, in a row of its own; shorter ones share rows where '
+           'that makes an update cheaper, and then it holds less')
   yield '  memory per device'
   for part, size in stage.resident.items():
     yield _row(part, size)

@@ -23,7 +23,8 @@ for assignment in ('rollout.num_prompts=32', 'rollout.group_size=8', 'data.packi
 mesh = sharding.make_mesh('fsdp=1', jax.devices()[:1])
 plan, = stages.stage_plans(settings)
 policies = assembly.load_policies(settings, [plan], load=planner.load_policy)
-made, widest = dry_batch.make(plan, policies, mesh, local=True)
+rows = planner.training_rows(plan, settings)
+made, widest = dry_batch.make(plan, policies, mesh, rows)
 shapes = made.targets(), dry_run.place(widest.batch, mesh), made.frozen_shapes()
 step = made.update()
 with sharding.use(mesh):

@@ -7,6 +7,7 @@ import re
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from ptjax import assembly
@@ -144,13 +145,51 @@ def test_the_widest_batch(root, mesh, algo, rows, widths, inputs, local):
   config = config_of(root, algo, rows, 'data.packing=false')
   plan, = stages.stage_plans(config)
   policies = assembly.load_policies(config, [plan], load=planner.load_policy)
-  _, widest = dry_batch.make(plan, policies, mesh, local=local)
+  rows = planner.training_rows(plan, config) if local else None
+  _, widest = dry_batch.make(plan, policies, mesh, rows)
   found = {name: leaf.shape for name, leaf in widest.batch.inputs.items()}
   assert found == inputs
   if local:  # prompts of 4 to 7 tokens, texts of up to 16
     assert widest.batch.prompt_tokens.shape[1] == (8 if algo != 'cpt' else 32)
   else:
     assert (widest.batch.prompt_tokens.shape[1], widest.batch.tokens.shape[0]) == widths
+
+
+def test_rows_are_left_out_where_the_run_leaves_them_out(root, tmp_path):
+  long = json.dumps({'prompt': '1+2+3+4+5+6+7=', 'completion': '28'})
+  (tmp_path / 'rows.jsonl').write_text(f'{(root / "rows.jsonl").read_text()}\n{long}')
+  (tmp_path / 'held.jsonl').write_text(long)
+
+  def rows(*more):
+    config = config_of(root, 'orm', str(tmp_path / 'rows.jsonl'),
+                       f'eval.dataset={tmp_path}/held.jsonl', *more)
+    plan, = stages.stage_plans(config)
+    return planner.training_rows(plan, config)
+  assert len(rows()) == 17
+  assert list(rows('data.decontaminate=drop')) == list(rows())[:-1]
+  # Which rows those are, nobody knows who cannot read what is evaluated on.
+  hub_name = 'eval.dataset=openai/gsm8k@test'
+  assert len(rows(hub_name)) == 17 and rows('data.decontaminate=drop', hub_name) is None
+
+
+@pytest.mark.slow
+def test_completions_that_share_rows_hold_less_than_planned(root, mesh):
+  config = config_of(root, 'grpo', 'rows', 'rollout.max_completion_tokens=48')
+  plan, = stages.stage_plans(config)
+  policies = assembly.load_policies(config, [plan], load=planner.load_policy)
+  made, widest = dry_batch.make(plan, policies, mesh, planner.training_rows(plan, config))
+  empty = jax.tree.map(lambda shape: np.zeros(shape.shape, shape.dtype), widest.batch)
+
+  def laid_out(lengths):
+    batch = empty.replace(loss_mask=np.arange(48) < np.reshape(lengths, (-1, 1)),
+                          prompt_lengths=np.full_like(empty.prompt_lengths, 7))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made.lay_out(batch))
+  assert laid_out([48] * 16) == widest.batch
+  packed = [laid_out([48, *[length] * 15]) for length in range(47, 0, -1)]
+  dearest = next(batch for batch in packed if batch.packed is not None)
+  held = [update.temporaries + update.outputs for update in (
+      dry_run.update(made, batch, mesh) for batch in (widest.batch, dearest))]
+  assert held[1] < held[0]
 
 
 @pytest.mark.slow
@@ -173,7 +212,7 @@ def test_who_draws_is_who_the_method_asks(root, mesh):
     config = config_of(root, algo, 'rows')
     plan, = stages.stage_plans(config)
     policies = assembly.load_policies(config, [plan], load=planner.load_policy)
-    return dry_batch.make(plan, policies, mesh, local=True)[1].draws
+    return dry_batch.make(plan, policies, mesh, planner.training_rows(plan, config))[1].draws
   assert draws('grpo') == [('policy', costs.Rows(8, 8, 2, 8))]
   assert draws('remax') == [
       ('policy', costs.Rows(8, 8, 2, 8)), ('greedy', costs.Rows(8, 8, 1, 8))]

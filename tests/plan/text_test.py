@@ -1,8 +1,10 @@
 """A plan in words."""
 
+import jax
 import pytest
 
 from ptjax import config as settings
+from ptjax import sharding
 from ptjax import stages
 from ptjax.models import costs
 from ptjax.plan import fit as plan_fit
@@ -55,6 +57,15 @@ def test_a_micro_batch_of_packed_rows_is_counted_in_what_batch_size_counts(algo,
   fit = plan_fit.fit(plan, stage, measure, 1, 80)
   text = '\n'.join(plan_text._fit_lines(plan.config, stage, fit, RATES))
   assert f'micro-batches of up to {said}: training.micro_batches=2 (now 2)' in text
+
+
+@pytest.mark.parametrize('may_pack', [True, False])
+def test_a_stage_that_may_pack_its_completions_says_so(may_pack):
+  stage = planner.StageEstimate('grpo', costs.Rows(8, 16, 2, 8), {'parameters': 2**30},
+                                {'update': {'activations': 2**30}}, (), {}, may_pack)
+  mesh = sharding.make_mesh('fsdp=1', jax.devices()[:1])
+  text = '\n'.join(plan_text._stage_lines(stage, mesh, RATES))
+  assert ('shorter ones share rows' in text) == may_pack
 
 
 def test_nothing_is_said_of_an_unknown_memory():

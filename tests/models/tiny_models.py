@@ -1,8 +1,9 @@
-"""Tiny models of three families, one per kind of position, norm and attention, for tests."""
+"""Tiny models of several families, one per kind of position, norm and attention, for tests."""
 
 import dataclasses
 import functools
 
+import chex
 import jax
 import numpy as np
 
@@ -22,16 +23,30 @@ GPT2 = dataclasses.replace(
 
 
 @functools.cache
-def params(config, spread=0.3):
+def params(config, spread=0.3, critic=None):
   """Weights in which no bias or norm is neutral, and so large that attention is far from uniform.
 
   Args:
     config: TransformerConfig.
     spread: standard deviation of every weight.
+    critic: 'head' or 'model' adds one as `critic`.
   """
   random = np.random.RandomState(1)
   def draw(path, leaf):
     centre = 1.0 - config.norm_offset if path[-1].key == 'scale' else 0.0
     return (centre + spread * random.normal(size=leaf.shape)).astype(leaf.dtype)
-  return jax.tree_util.tree_map_with_path(
-      draw, jax.eval_shape(lambda: transformer.init(config, jax.random.key(0))))
+  shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+  if critic is not None:
+    head = {'kernel': np.zeros((config.width, 1), np.float32), 'bias': np.zeros(1, np.float32)}
+    body = {name: tree for name, tree in shapes.items() if name != 'head'}
+    shapes = {**shapes, 'critic': head if critic == 'head' else {**body, 'score': head}}
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def assert_same_gradient(gradient, expected):
+  """As a whole to 1e-6; single entries feel float32 sums in another order a little more."""
+  flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+  norm = np.linalg.norm(flat(expected))
+  assert np.linalg.norm(flat(gradient) - flat(expected)) < 1e-6 * norm
+  scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected))
+  chex.assert_trees_all_close(gradient, expected, atol=3e-6 * scale, rtol=0)

@@ -1,8 +1,10 @@
-"""What the benchmarks share: worker processes that take turns, and facts about the machine.
+"""What the benchmarks share: sizes, worker processes that take turns, tables, and the machine.
 
 Peers import it too, from environments of their own, so it needs nothing but Python.
 """
 
+import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,6 +15,52 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
+# Size of a model -> the field of TransformerConfig that it is.
+_MODEL_FIELDS = {'layers': 'num_layers', 'width': 'width', 'heads': 'num_heads',
+                 'kv_heads': 'num_kv_heads', 'mlp': 'mlp_width', 'vocab': 'vocab_size'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """The sizes of a model, each a flag; a benchmark adds fields of its own."""
+  layers: int = 4
+  width: int = 256
+  heads: int = 4
+  kv_heads: int = 2
+  mlp: int = 1024
+  vocab: int = 2048
+
+  @classmethod
+  def add_flags(cls, parser, *, choices=(), hidden=()):
+    """Adds a flag per field to an ArgumentParser.
+
+    Args:
+      parser: argparse.ArgumentParser.
+      choices: field -> what its flag may be.
+      hidden: fields whose flags --help leaves out.
+    """
+    for field in dataclasses.fields(cls):
+      parser.add_argument(f'--{field.name}', type=field.type, default=field.default,
+                          choices=dict(choices).get(field.name),
+                          help=argparse.SUPPRESS if field.name in hidden else None)
+
+  @classmethod
+  def parsed(cls, arguments):
+    """Returns the fields as those flags say."""
+    return cls(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(cls)})
+
+  def flags(self):
+    """The flags, for a worker's command line, that `parsed` reads the fields from."""
+    return [f'--{name}={value}' for name, value in dataclasses.asdict(self).items()]
+
+  def model_fields(self):
+    """The sizes of the model as fields of TransformerConfig."""
+    return {theirs: getattr(self, ours) for ours, theirs in _MODEL_FIELDS.items()}
+
+  def of_model(self, model):
+    """Returns these sizes with a TransformerConfig's in place of the model's."""
+    return dataclasses.replace(
+        self, **{ours: getattr(model, theirs) for ours, theirs in _MODEL_FIELDS.items()})
 
 
 class Worker:
@@ -70,8 +118,7 @@ class Turns:
   """
 
   def __init__(self):
-    self._out = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)
+    self._out = own_output()
 
   def wait(self):
     """Returns the next request; where none will come, ends the process at once."""
@@ -88,12 +135,38 @@ class Turns:
           file=self._out, flush=True)
 
 
-def write_model(folder, *, labels=0, stop_ids=None, seed=0, **shape):
+def own_output():
+  """Returns standard output as a file of the caller's own; others' prints go to standard error."""
+  out = os.fdopen(os.dup(1), 'w')
+  os.dup2(2, 1)
+  return out
+
+
+def around_steps(batch, step):
+  """Puts functions around what every stage of the launcher does at each step, from now on.
+
+  Args:
+    batch: `batch(stage_run, function) -> function`, for what makes a stage's batches.
+    step: `step(function) -> function`, for a stage's train step.
+  """
+  from ptjax import stage_run
+  run = stage_run.StageRun
+  make_source, make_step = run.source, run.train_step
+
+  def source(self):
+    made = make_source(self)
+    made.batch = batch(self, made.batch)
+    return made
+  run.source, run.train_step = source, lambda self: step(make_step(self))
+
+
+def write_model(folder, *, family='llama', stop_ids=None, seed=0, **shape):
   """Writes a model directory: random weights, and a tokenizer whose tokens are words.
 
   Args:
     folder: where to.
-    labels: outputs of a score head; 0: a language model.
+    family: llama, or qwen2, whose directories `transformers` gives Qwen's own tokenizer, whatever
+      is there.
     stop_ids: token ids that end a completion; None: the tokenizer's end token, id 1.
     seed: of the weights.
     **shape: fields of TransformerConfig in which it differs from the preset `tiny`.
@@ -107,7 +180,7 @@ def write_model(folder, *, labels=0, stop_ids=None, seed=0, **shape):
   from ptjax.models import hub
   from ptjax.models import presets
   from ptjax.models import transformer
-  model = presets.get('tiny', num_labels=labels, **shape)
+  model = presets.get('tiny', family=family, qkv_bias=family == 'qwen2', **shape)
   words = ['<pad>', '<eos>', '<unk>', *(f'w{i}' for i in range(model.vocab_size - 3))]
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(
       {word: i for i, word in enumerate(words)}, unk_token='<unk>'))
@@ -117,6 +190,22 @@ def write_model(folder, *, labels=0, stop_ids=None, seed=0, **shape):
   params = jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(seed))
   hub.export(str(folder), model, params, tokenizer, stop_ids=stop_ids)
   return str(folder)
+
+
+def table(rows, columns, *, name=12, cell=10):
+  """Returns the lines of a table: titles, then every row's name and numbers; '-' is none.
+
+  Args:
+    rows: dicts.
+    columns: title -> (key, format).
+    name, cell: characters of the first column and of every other one.
+  """
+  lines = [' ' * name + ''.join(f'{title:>{cell}}' for title in columns)]
+  for row in rows:
+    cells = ('-' if row.get(key) is None else format(row[key], kind)
+             for key, kind in columns.values())
+    lines.append(f'{row["name"]:{name}}' + ''.join(f'{text:>{cell}}' for text in cells))
+  return lines
 
 
 def peak_rss_mib():

@@ -31,7 +31,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 
 import bench_common
 
@@ -42,14 +41,8 @@ PEER_WARM_UP = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Job(bench_common.Sizes):
   """What all sides do."""
-  layers: int = 4
-  width: int = 256
-  heads: int = 4
-  kv_heads: int = 2
-  mlp: int = 1024
-  vocab: int = 2048
   prompts: int = 8
   group: int = 8
   prompt: int = 32  # tokens of every prompt
@@ -73,10 +66,7 @@ def parse(argv=None):
       description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   choices = {'lengths': ('fixed', 'geometric'), 'dtype': ('float32', 'bfloat16'),
              'setting': ('default', 'tuned')}
-  for field in dataclasses.fields(Job):
-    parser.add_argument(f'--{field.name}', type=field.type, default=field.default,
-                        choices=choices.get(field.name),
-                        help=argparse.SUPPRESS if field.name == 'folder' else None)
+  Job.add_flags(parser, choices=choices, hidden=('folder',))
   parser.add_argument('--preset', choices=('qwen2.5-0.5b', 'qwen2.5-1.5b'),
                       help='the shape of this model in place of layers, width, ... and vocab')
   parser.add_argument('--peer', default='hf', help=f'one or several of {", ".join(PEERS)}')
@@ -94,7 +84,7 @@ def parse(argv=None):
   if 'tunix' in arguments.peers and arguments.lengths != 'fixed':
     parser.error('--peer=tunix: its sampler cannot be made to stop where ours did; take '
                  '--lengths=fixed')
-  return arguments, Job(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Job)})
+  return arguments, Job.parsed(arguments)
 
 
 # --- what all sides read; peers import it without ptjax
@@ -144,7 +134,6 @@ def ptjax_worker(arguments, job):
 
   from ptjax import assembly
   from ptjax import launch
-  from ptjax import stage_run
   from ptjax.models import hub
   from ptjax.training import experience
   # `transformers` gives every Qwen2 directory Qwen's own tokenizer, whatever is there.
@@ -162,23 +151,18 @@ def ptjax_worker(arguments, job):
   if job.lengths == 'fixed':
     assembly.sampling_options = without_stop
   experience.texts = noted
-  make_source, make_step = stage_run.StageRun.source, stage_run.StageRun.train_step
   rollout_seconds = []
 
-  def source(self):
-    made = make_source(self)
-    batch = made.batch
+  def around_batch(run, function):
+    del run
 
     def timed(*args):
-      found = batch(*args)
+      found = function(*args)
       rollout_seconds.append(found[1]['timing_s/rollout'])
       return found
-    made.batch = timed
-    return made
+    return timed
 
-  def train_step(self):
-    step = make_step(self)
-
+  def around_step(step):
     def reported(state, batch):
       out = jax.block_until_ready(step(state, batch))
       lengths, drawn[:] = list(drawn), ()
@@ -194,7 +178,7 @@ def ptjax_worker(arguments, job):
       return out
     return reported
 
-  stage_run.StageRun.source, stage_run.StageRun.train_step = source, train_step
+  bench_common.around_steps(around_batch, around_step)
   changes = [
       f'rollout.num_prompts={job.prompts}', f'rollout.group_size={job.group}',
       f'rollout.max_completion_tokens={job.completion}', f'data.max_prompt_tokens={job.prompt}',
@@ -216,8 +200,7 @@ def prepare(job):
   import jax
   jax.config.update('jax_platforms', 'cpu')  # a GPU is for the workers
   bench_common.write_model(
-      f'{job.folder}/model', seed=job.seed, num_layers=job.layers, width=job.width,
-      num_heads=job.heads, num_kv_heads=job.kv_heads, mlp_width=job.mlp, vocab_size=job.vocab,
+      f'{job.folder}/model', family='qwen2', seed=job.seed, **job.model_fields(),
       max_length=max(1024, job.prompt + job.completion), stop_ids=stop_ids(job))
   with open(f'{job.folder}/prompts.jsonl', 'w', encoding='utf-8') as file:
     for ids in prompt_ids(job):
@@ -228,8 +211,7 @@ class Side:
   """A worker, and what it did."""
 
   def __init__(self, script, job, more=(), python=None):
-    argv = [f'--{name}={value}' for name, value in dataclasses.asdict(job).items()]
-    self._worker = bench_common.Worker(script, [*argv, *more], python=python)
+    self._worker = bench_common.Worker(script, [*job.flags(), *more], python=python)
     self.kill = self._worker.kill
     self.warm_up, self.runs = [], []
 
@@ -285,15 +267,14 @@ def print_table(rows):
       'RSS MiB': ('peak_rss_mib', '.0f'), 'GPU MiB': ('peak_device_mib', '.0f'),
       'first s': ('first_step_seconds', '.1f'), 'programs': ('compilations', 'd'),
       'compile s': ('compile_seconds', '.1f')}
-  print(' ' * 12 + ''.join(f'{title:>10}' for title in columns)
-        + '   times ptjax: step, CPU, RSS')
-  for row in rows:
+  header, *lines = bench_common.table(rows, columns)
+  print(header + '   times ptjax: step, CPU, RSS')
+  for line, row in zip(lines, rows):
     row['times_ptjax'] = {
         name: row[name] / rows[0][name]
         for name in ('step_seconds', 'cpu_seconds', 'peak_rss_mib', 'rollout_seconds',
                      'update_seconds')}
-    print(f'{row["name"]:12}'
-          + ''.join(f'{format(row[key], kind):>10}' for key, kind in columns.values()) + '   '
+    print(line + '   '
           + ' '.join(f'{ratio:5.2f}x' for ratio in list(row['times_ptjax'].values())[:3]))
 
 
@@ -303,10 +284,7 @@ def main():
     return ptjax_worker(arguments, job)
   if arguments.preset:
     from ptjax.models import presets
-    shape = presets.get(arguments.preset)
-    job = dataclasses.replace(
-        job, layers=shape.num_layers, width=shape.width, heads=shape.num_heads,
-        kv_heads=shape.num_kv_heads, mlp=shape.mlp_width, vocab=shape.vocab_size)
+    job = job.of_model(presets.get(arguments.preset))
   folder = tempfile.mkdtemp(prefix='bench_grpo_')
   sides = []
   try:

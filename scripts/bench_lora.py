@@ -15,14 +15,13 @@ full fine-tuning, none with adapters, whose base it is. Prints one table and one
 import argparse
 import functools
 import json
-import os
-import platform
 import statistics
 import time
 
 import jax
 import numpy as np
 
+import bench_common
 from ptjax import config as settings
 from ptjax import types
 from ptjax.losses import imitation
@@ -36,7 +35,6 @@ from ptjax.training import step as training_step
 from ptjax.training import trained
 
 ARMS = ('full', 'lora', 'rslora', 'dora')
-SHAPE = {'layers': 4, 'width': 256, 'heads': 4, 'kv_heads': 2, 'mlp': 1024, 'vocab': 2048}
 
 
 def parse(argv=None):
@@ -44,8 +42,7 @@ def parse(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--preset', choices=presets.names(), help='in place of the sizes below')
-  for name, default in SHAPE.items():
-    parser.add_argument(f'--{name}', type=int, default=default)
+  bench_common.Sizes.add_flags(parser)
   parser.add_argument('--rows', type=int, default=8)
   parser.add_argument('--prompt', type=int, default=64, help='tokens of every prompt')
   parser.add_argument('--completion', type=int, default=64, help='trained tokens of every row')
@@ -69,8 +66,7 @@ def model_config(arguments):
   if arguments.preset:
     return presets.get(arguments.preset, **dtypes)
   return presets.get(
-      'tiny', num_layers=arguments.layers, width=arguments.width, num_heads=arguments.heads,
-      num_kv_heads=arguments.kv_heads, mlp_width=arguments.mlp, vocab_size=arguments.vocab,
+      'tiny', **bench_common.Sizes.parsed(arguments).model_fields(),
       max_length=arguments.prompt + arguments.completion, **dtypes)
 
 
@@ -149,8 +145,7 @@ class Arm:
         'tokens_per_second': (arguments.rows * (arguments.prompt + arguments.completion)
                               / statistics.median(self.seconds)),
         'compile_seconds': self.compile_seconds, 'device': jax.devices()[0].device_kind,
-        'versions': {'jax': jax.__version__, 'python': platform.python_version()},
-        'load_average': os.getloadavg()[0]}
+        'versions': {'jax': jax.__version__}, 'machine': bench_common.machine()}
 
 
 def print_table(rows):

@@ -40,7 +40,7 @@ SETTINGS = ('default', 'padded', 'tuned')
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Job(bench_common.Sizes):
   """What both sides do."""
   method: str = 'sft'
   setting: str = 'default'
@@ -51,12 +51,6 @@ class Job:
   prompt: int = 64  # tokens of the longest prompt
   completion: int = 256  # tokens of the longest completion, its end token included
   mean: int = 64  # tokens of a made completion, about
-  layers: int = 4
-  width: int = 256
-  heads: int = 4
-  kv_heads: int = 2
-  mlp: int = 1024
-  vocab: int = 2048
   learning_rate: float = 1e-4
   seed: int = 0
   row_tokens: int = 0  # width of packed rows, and how many a step takes; as ours chooses
@@ -68,30 +62,17 @@ def parse(argv=None):
   """Returns (arguments, Job)."""
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  hidden = {'row_tokens', 'row_count', 'folder'}
   choices = {'method': ('sft', 'dpo'), 'setting': SETTINGS}
-  for field in dataclasses.fields(Job):
-    parser.add_argument(f'--{field.name}', type=field.type, default=field.default,
-                        choices=choices.get(field.name),
-                        help=argparse.SUPPRESS if field.name in hidden else None)
+  Job.add_flags(parser, choices=choices, hidden=('row_tokens', 'row_count', 'folder'))
   parser.add_argument('--peer', choices=sorted(PEERS), default='trl')
   parser.add_argument('--repetitions', type=int, default=3, help='timed passes of each side')
   parser.add_argument('--set', action='append', default=[], help='a setting of ours to change')
   parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)
   arguments = parser.parse_args(argv)
-  return arguments, Job(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Job)})
+  return arguments, Job.parsed(arguments)
 
 
 # --- what both sides read
-
-
-def make_model(job, folder):
-  """Writes a model directory."""
-  # As a Llama: `transformers` gives every Qwen2 directory Qwen's own tokenizer, whatever is there.
-  return bench_common.write_model(
-      folder, seed=job.seed, family='llama', qkv_bias=False, num_layers=job.layers,
-      width=job.width, num_heads=job.heads, num_kv_heads=job.kv_heads, mlp_width=job.mlp,
-      vocab_size=job.vocab)
 
 
 def make_rows(job, path):
@@ -130,8 +111,7 @@ class Reporter:
       steps_per_pass: `() -> int`, asked after the first step.
       facts: `() -> dict` about this side, asked after the first pass.
     """
-    self._out = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)
+    self._out = bench_common.own_output()
     self._steps_per_pass, self._facts = steps_per_pass, facts
     self._steps = self._tokens = 0
     self._started = self._cpu = None
@@ -176,7 +156,6 @@ def ptjax_worker(arguments, job):
   import jax
 
   from ptjax import launch
-  from ptjax import stage_run
   doors = []
 
   def facts():
@@ -189,24 +168,18 @@ def ptjax_worker(arguments, job):
         'row_count': door.rows_per_batch if packed else 0}
 
   reporter = Reporter(lambda: doors[-1].steps_per_epoch, facts)
-  make_source, make_step = stage_run.StageRun.source, stage_run.StageRun.train_step
   trained = []
 
-  def source(self):
-    made = make_source(self)
-    doors.append(self._data.doors[self.plan.stage.index])
-    batch = made.batch
+  def around_batch(run, function):
+    doors.append(run._data.doors[run.plan.stage.index])
 
     def counted(*arguments):
-      found = batch(*arguments)
+      found = function(*arguments)
       trained.append(found[1]['train_tokens'])
       return found
-    made.batch = counted
-    return made
+    return counted
 
-  def train_step(self):
-    step = make_step(self)
-
+  def around_step(step):
     def reported(state, batch):
       out = step(state, batch)
       if not reporter.step(trained.pop(), lambda: jax.block_until_ready(out)):
@@ -214,7 +187,7 @@ def ptjax_worker(arguments, job):
       return out
     return reported
 
-  stage_run.StageRun.source, stage_run.StageRun.train_step = source, train_step
+  bench_common.around_steps(around_batch, around_step)
   changes = [
       f'training.batch_size={job.batch}', f'optimizer.learning_rate={job.learning_rate}',
       f'data.max_prompt_tokens={job.prompt}', f'rollout.max_completion_tokens={job.completion}',
@@ -236,7 +209,7 @@ class Side:
 
   def __init__(self, script, job, more=()):
     self._worker = bench_common.Worker(
-        script, [*(f'--{name}={value}' for name, value in dataclasses.asdict(job).items()), *more],
+        script, [*job.flags(), *more],
         {'HF_DATASETS_CACHE': os.path.join(job.folder, 'datasets')})
     self.close, self.kill = self._worker.close, self._worker.kill
     self.first = self._worker.read()
@@ -291,14 +264,13 @@ def print_table(rows):
       'start s': ('start_seconds', '.1f'), 'its CPU': ('start_cpu_seconds', '.1f'),
       'warm s': ('warm_start_seconds', '.1f'), 'its CPU ': ('warm_start_cpu_seconds', '.1f'),
       'programs': ('compilations', 'd'), 'compile s': ('compile_seconds', '.1f')}
-  print(' ' * 12 + ''.join(f'{title:>10}' for title in columns) + '   ours/its tokens/s, CPU, RSS')
-  for row in rows:
+  header, *lines = bench_common.table(rows, columns)
+  print(header + '   ours/its tokens/s, CPU, RSS')
+  for line, row in zip(lines, rows):
     row['ours_over_its'] = {
         name: rows[0][name] / row[name]
         for name in ('tokens_per_second', 'tokens_per_cpu_second', 'peak_rss_mib')}
-    cells = ('-' if row[key] is None else format(row[key], kind) for key, kind in columns.values())
-    print(f'{row["name"]:12}' + ''.join(f'{cell:>10}' for cell in cells) + '   '
-          + ' '.join(f'{ratio:5.2f}x' for ratio in row['ours_over_its'].values()))
+    print(line + '   ' + ' '.join(f'{ratio:5.2f}x' for ratio in row['ours_over_its'].values()))
 
 
 def main():
@@ -308,7 +280,8 @@ def main():
   folder = tempfile.mkdtemp(prefix='bench_offline_')
   try:
     compare(arguments, dataclasses.replace(
-        job, folder=folder, model=job.model or make_model(job, f'{folder}/model'),
+        job, folder=folder, model=job.model or bench_common.write_model(
+            f'{folder}/model', seed=job.seed, **job.model_fields()),
         dataset=job.dataset or make_rows(job, f'{folder}/rows.jsonl')))
   finally:
     shutil.rmtree(folder, ignore_errors=True)

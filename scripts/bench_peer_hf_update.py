@@ -9,8 +9,8 @@ import sys
 import time
 
 import torch
-import transformers
 
+import bench_torch
 import bench_update
 
 
@@ -18,12 +18,7 @@ def worker(kind, shape):
   """One line out when warm, then one update and one line out per line in."""
   torch.manual_seed(shape.seed)
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
-  model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-      vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.mlp,
-      num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-      num_key_value_heads=shape.kv_heads, max_position_embeddings=1024, rms_norm_eps=1e-6,
-      tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
-      pad_token_id=0)).to(device, torch.float32)
+  model = bench_torch.qwen2(shape).to(device, torch.float32)
   optimizer = torch.optim.AdamW(
       model.parameters(), lr=shape.learning_rate, weight_decay=0.0, fused=True)
   found = {name: torch.from_numpy(x).to(device)
@@ -49,10 +44,8 @@ def worker(kind, shape):
 
   update()
   print(json.dumps({
-      'name': 'hf', 'tokens': int(mask.sum()), 'forward_tokens': rows.numel(),
-      'versions': {'torch': torch.__version__, 'transformers': transformers.__version__},
-      'device': torch.cuda.get_device_name() if device == 'cuda' else 'cpu',
-      'compile_seconds': 0.0, 'compilations': 0}), flush=True)
+      **bench_torch.facts('hf', model), 'tokens': int(mask.sum()),
+      'forward_tokens': rows.numel()}), flush=True)
   for _ in sys.stdin:
     print(json.dumps(update()), flush=True)
 

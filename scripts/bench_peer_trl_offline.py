@@ -6,6 +6,7 @@ import transformers
 import trl
 
 import bench_offline
+import bench_torch
 
 
 def worker(job):
@@ -38,10 +39,7 @@ def worker(job):
   examples = job.row_count if packs else job.batch
   steps = -(-len(trainer.train_dataset) // examples)
   reporter = bench_offline.Reporter(lambda: steps, lambda: {
-      'name': 'trl', 'compile_seconds': 0.0, 'compilations': 0,
-      'versions': {name: module.__version__ for name, module in (
-          ('trl', trl), ('torch', torch), ('transformers', transformers))},
-      'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu',
+      **bench_torch.facts('trl', model, trl=trl.__version__),
       'row_tokens': job.row_tokens if packs else 0, 'row_count': job.row_count if packs else 0})
   trained = 0
   training_step = trainer.training_step

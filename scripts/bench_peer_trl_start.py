@@ -1,7 +1,6 @@
 """The peer of bench_startup.py: one step of TRL's GRPOTrainer, started by it."""
 
 import json
-import os
 import sys
 import time
 
@@ -18,8 +17,7 @@ PROMPTS, GROUP, COMPLETION_TOKENS = 64, 8, 2  # of the default job
 
 def worker(folder):
   """Trains one step, float32, and says when it is done."""
-  out = os.fdopen(os.dup(1), 'w')
-  os.dup2(2, 1)
+  out = bench_common.own_output()
   model = transformers.AutoModelForCausalLM.from_pretrained(f'{folder}/model', dtype=torch.float32)
   tokenizer = transformers.AutoTokenizer.from_pretrained(f'{folder}/model')
   rows = datasets.Dataset.from_list(

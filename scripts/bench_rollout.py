@@ -28,14 +28,8 @@ import bench_common
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Job(bench_common.Sizes):
   """What all sides compute."""
-  layers: int = 4
-  width: int = 256
-  heads: int = 4
-  kv_heads: int = 2
-  mlp: int = 1024
-  vocab: int = 2048
   prompts: int = 0  # 0: 8, of variable lengths 16
   group: int = 8
   prompt: int = 32  # tokens of every prompt
@@ -54,8 +48,7 @@ def parse(argv=None):
   """Returns (arguments, Job)."""
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  for field in dataclasses.fields(Job):
-    parser.add_argument(f'--{field.name}', type=field.type, default=field.default)
+  Job.add_flags(parser)
   parser.add_argument('--mode', choices=sorted(DEFAULTS), default='fixed')
   parser.add_argument('--peer', choices=['hf', 'none'], default='hf', help='of fixed lengths')
   parser.add_argument('--repetitions', type=int, default=7, help='timed turns of each arm')
@@ -63,7 +56,7 @@ def parse(argv=None):
   parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)
   arguments = parser.parse_args(argv)
   arguments.warm_up = arguments.warm_up or (8 if arguments.mode == 'variable' else 2)
-  job = Job(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Job)})
+  job = Job.parsed(arguments)
   return arguments, dataclasses.replace(job, **{
       name: value for name, value in DEFAULTS[arguments.mode].items() if not getattr(job, name)})
 
@@ -95,8 +88,7 @@ def make_rollout(job, group_prompts=None, **options):
   from ptjax.models import transformer
   from ptjax.rollout import sampler
   model = presets.get(
-      'tiny', num_layers=job.layers, width=job.width, num_heads=job.heads,
-      num_kv_heads=job.kv_heads, mlp_width=job.mlp, vocab_size=job.vocab, dtype=job.dtype,
+      'tiny', **job.model_fields(), dtype=job.dtype,
       max_length=max(1024, job.prompt + job.completion))
   params = jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(job.seed))
   sample = sampler.make_sampler(model, sampler.SamplingOptions(
@@ -302,11 +294,10 @@ def print_table(rows):
       'tokens/s': ('tokens_per_second', '.0f'), 'cores': ('cores_used', '.2f'),
       'RSS MiB': ('peak_rss_mib', '.0f'), 'programs': ('compilations', 'd'),
       'compile s': ('compile_seconds', '.1f')}
-  print(' ' * 22 + ''.join(f'{title:>10}' for title in columns) + '   times first: s, CPU')
-  for one in rows:
-    print(f'{one["name"]:22}'
-          + ''.join(f'{format(one[key], kind):>10}' for key, kind in columns.values()) + '   '
-          + ' '.join(f'{ratio:6.2f}x' for ratio in one['times_first'].values()))
+  header, *lines = bench_common.table(rows, columns, name=22)
+  print(header + '   times first: s, CPU')
+  for line, one in zip(lines, rows):
+    print(line + '   ' + ' '.join(f'{ratio:6.2f}x' for ratio in one['times_first'].values()))
 
 
 def compare(arms, arguments, job):
@@ -323,12 +314,11 @@ def main():
   if arguments.worker:
     ptjax_worker(job)
   if arguments.mode == 'fixed':
-    argv = [f'--{name}={value}' for name, value in dataclasses.asdict(job).items()]
     peers = [] if arguments.peer == 'none' else ['bench_peer_hf_rollout.py']
     arms = []
     try:
       for script in ('bench_rollout.py', *peers):
-        arms.append(Side(script, argv))
+        arms.append(Side(script, job.flags()))
       rows = compare(arms, arguments, job)
     finally:
       for arm in arms:

@@ -22,7 +22,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -43,12 +42,10 @@ COLUMNS = {  # key -> (title, what a number is divided by, format)
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(bench_common.Sizes):
   """A step's sizes."""
   layers: int = 2
   width: int = 128
-  heads: int = 4
-  kv_heads: int = 2
   mlp: int = 384
   vocab: int = 1024
   prompts: int = 8
@@ -62,15 +59,14 @@ def parse(argv=None):
   """Returns (arguments, Shape)."""
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  for field in dataclasses.fields(Shape):
-    parser.add_argument(f'--{field.name}', type=field.type, default=field.default)
+  Shape.add_flags(parser)
   parser.add_argument('--axis', action='append', choices=sorted(AXES), help='default: all')
-  parser.add_argument('--points', type=int, default=4, help='of each axis, from its least size on')
+  parser.add_argument('--points', type=int, choices=(2, 3, 4), default=4,
+                      help='of each axis, from its least size on')
   parser.add_argument('--repetitions', type=int, default=5)
   parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)
   arguments = parser.parse_args(argv)
-  return arguments, Shape(**{f.name: getattr(arguments, f.name)
-                             for f in dataclasses.fields(Shape)})
+  return arguments, Shape.parsed(arguments)
 
 
 class Point:
@@ -93,9 +89,7 @@ class Point:
     from ptjax.training import forward
     from ptjax.training import state as training_state
     from ptjax.training import step as training_step
-    model = presets.get(
-        'tiny', num_layers=shape.layers, width=shape.width, num_heads=shape.heads,
-        num_kv_heads=shape.kv_heads, mlp_width=shape.mlp, vocab_size=shape.vocab)
+    model = presets.get('tiny', **shape.model_fields())
     mesh = sharding.make_mesh('', jax.devices()[:shape.devices])
     optimizer, params = optax.adamw(1e-4), hub.param_shapes(model)
     shardings = training_state.shardings(mesh, params, optimizer)
@@ -161,8 +155,7 @@ class Point:
 def worker(arguments, shape):
   """Measures one axis, which must be the only one given; prints a line of JSON per point."""
   axis, = arguments.axis
-  out = os.fdopen(os.dup(1), 'w')
-  os.dup2(2, 1)
+  out = bench_common.own_output()
   import jax
   if axis == 'devices':
     jax.config.update('jax_num_cpu_devices', max(AXES[axis][:arguments.points]))
@@ -217,8 +210,8 @@ def main():
   arguments, shape = parse()
   if arguments.worker:
     return worker(arguments, shape)
-  shared = [f'--{name}={value}' for name, value in dataclasses.asdict(shape).items()]
-  shared += [f'--points={arguments.points}', f'--repetitions={arguments.repetitions}']
+  shared = [*shape.flags(), f'--points={arguments.points}',
+            f'--repetitions={arguments.repetitions}']
   for axis in arguments.axis or AXES:
     process = bench_common.Worker('bench_scaling.py', [*shared, f'--axis={axis}'])
     try:

@@ -11,6 +11,7 @@ Steps that compile are left out, as are the first two.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -30,49 +31,39 @@ ARMS = {
 STAGES = ('rollout', 'reward', 'log_probs', 'update')
 
 
+@dataclasses.dataclass(frozen=True)
+class Job(bench_common.Sizes):
+  """What every arm does."""
+  prompts: int = 8
+  group: int = 8
+  prompt: int = 32  # tokens of every prompt
+  completion: int = 64  # tokens of a completion, at most
+  steps: int = 12
+
+
 def parse(argv=None):
+  """Returns (arguments, Job)."""
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  for name, default in (('layers', 4), ('width', 256), ('heads', 4), ('kv_heads', 2),
-                        ('mlp', 1024), ('vocab', 2048), ('prompts', 8), ('group', 8),
-                        ('prompt', 32), ('completion', 64), ('steps', 12)):
-    parser.add_argument(f'--{name}', type=int, default=default)
+  Job.add_flags(parser)
   parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS))
-  return parser.parse_args(argv)
+  arguments = parser.parse_args(argv)
+  return arguments, Job.parsed(arguments)
 
 
-def prepare(options, folder):
-  """Writes policy, reward model and prompts; returns the policy's directory."""
-  import jax
+def prepare(job, folder):
+  """Writes policy, reward model and prompts."""
   import numpy as np
-  import tokenizers
-  import transformers
-
-  from ptjax.models import hub
-  from ptjax.models import presets
-  from ptjax.models import transformer
-  words = ['<pad>', '<eos>', '<unk>', *(f'w{i}' for i in range(options.vocab - 3))]
-  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-      {word: i for i, word in enumerate(words)}, unk_token='<unk>'))
-  backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-  tokenizer = transformers.PreTrainedTokenizerFast(
-      tokenizer_object=backend, pad_token='<pad>', eos_token='<eos>', unk_token='<unk>')
   for name, labels in (('policy', 0), ('scorer', 1)):
-    # As a Llama: `transformers` gives every Qwen2 directory Qwen's own tokenizer.
-    model = presets.get(
-        'tiny', family='llama', qkv_bias=False, num_layers=options.layers, width=options.width,
-        num_heads=options.heads, num_kv_heads=options.kv_heads, mlp_width=options.mlp,
-        vocab_size=options.vocab, num_labels=labels)
-    params = jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(labels))
-    hub.export(str(folder / name), model, params, tokenizer)
+    bench_common.write_model(
+        folder / name, seed=labels, num_labels=labels, **job.model_fields())
   rng = np.random.default_rng(0)
   with open(folder / 'prompts.jsonl', 'w', encoding='utf-8') as file:
-    for row in rng.integers(options.vocab - 3, size=(64, options.prompt)):
+    for row in rng.integers(job.vocab - 3, size=(64, job.prompt)):
       file.write(json.dumps({'prompt': ' '.join(f'w{i}' for i in row)}) + '\n')
-  return folder / 'policy'
 
 
-def run(name, options, folder):
+def run(name, job, folder):
   """Trains one arm; returns its row."""
   from ptjax import launch
   from ptjax.training import metrics as metrics_files
@@ -84,9 +75,9 @@ def run(name, options, folder):
     written.append((time.perf_counter(), metrics))
   metrics_files.MetricsWriter.write = noted
   sizes = {
-      'training.steps': options.steps, 'rollout.num_prompts': options.prompts,
-      'rollout.group_size': options.group, 'rollout.max_completion_tokens': options.completion,
-      'data.max_prompt_tokens': options.prompt, 'checkpoint.every_steps': 10**6,
+      'training.steps': job.steps, 'rollout.num_prompts': job.prompts,
+      'rollout.group_size': job.group, 'rollout.max_completion_tokens': job.completion,
+      'data.max_prompt_tokens': job.prompt, 'checkpoint.every_steps': 10**6,
       'log.compile_cache': folder / 'compiled', 'log.report': False}
   try:
     code = launch.main([
@@ -109,15 +100,15 @@ def run(name, options, folder):
       for seconds, metrics in steps)
   return {'bench': 'stages', 'name': name, 'steps': len(steps), 'step_seconds': wall,
           **{stage: median(stage) for stage in STAGES}, 'overhead': outside,
-          'sizes': vars(options), 'machine': bench_common.machine()}
+          'sizes': dataclasses.asdict(job), 'machine': bench_common.machine()}
 
 
 def main(argv=None):
-  options = parse(argv)
+  arguments, job = parse(argv)
   with tempfile.TemporaryDirectory(prefix='bench_stages_') as folder:
     folder = pathlib.Path(folder)
-    prepare(options, folder)
-    rows = [run(name, options, folder) for name in options.arms]
+    prepare(job, folder)
+    rows = [run(name, job, folder) for name in arguments.arms]
   print(f'{"":26}' + ''.join(f'{title:>11}' for title in (
       'step s', *STAGES, 'overhead', 'times first')))
   for row in rows:

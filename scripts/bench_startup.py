@@ -47,8 +47,7 @@ class Watch:
   """Says at each stage's first step how long everything took, and ends the process at the last."""
 
   def __init__(self, stages):
-    self._out = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)
+    self._out = bench_common.own_output()
     self._stages, self._seen = stages, 0
     self._parts = {name: {'seconds': 0.0, 'compile_seconds': 0.0} for name in PARTS}
     self._inside = False
@@ -108,15 +107,9 @@ def worker(arguments):
     setattr(run, name, watch.wrap('weights, optimizer', getattr(run, name)))
   evaluation = job._Run._evaluation
   job._Run._evaluation = lambda self, made: watch.wrap('evaluation', evaluation(self, made))
-  make_source, make_step = run.source, run.train_step
 
-  def source(self):
-    made = make_source(self)
-    made.batch = watch.wrap('batch', made.batch)
-    return made
-
-  def train_step(self):
-    step, first = make_step(self), True
+  def around_step(step):
+    first = True
 
     def watched(state, batch):
       nonlocal first
@@ -130,7 +123,7 @@ def worker(arguments):
       return out
     return watched
 
-  run.source, run.train_step = source, train_step
+  bench_common.around_steps(lambda run, function: watch.wrap('batch', function), around_step)
   out = tempfile.mkdtemp(dir=arguments.folder)
   changes = ['warm_start.steps=1', f'log.compile_cache={arguments.folder}/compiled', *arguments.set]
   return launch.main(['launch', '--algo=grpo', f'--out_dir={out}/run',
@@ -204,9 +197,7 @@ def main():
   try:
     if arguments.peer != 'none':
       found[arguments.peer] = []
-      # As large as the default job's. A Llama, for `transformers` gives every Qwen2 directory
-      # Qwen's own tokenizer, whatever is there.
-      bench_common.write_model(f'{folder}/model', family='llama', qkv_bias=False, vocab_size=32)
+      bench_common.write_model(f'{folder}/model', vocab_size=32)  # as large as the default job's
     for turn in range(arguments.repetitions):
       own = f'{folder}/{turn}'
       os.mkdir(own)

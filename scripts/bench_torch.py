@@ -1,4 +1,4 @@
-"""What the torch peers of bench_grpo.py share."""
+"""What the torch peers share."""
 
 import torch
 import transformers
@@ -25,6 +25,15 @@ class Ends(transformers.LogitsProcessor):
       scores[rows] = -torch.inf
       scores[rows, self._end] = 0.0
     return scores
+
+
+def qwen2(sizes, max_length=1024):
+  """Returns a Qwen2 of random weights, with the sizes of a bench_common.Sizes."""
+  return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+      vocab_size=sizes.vocab, hidden_size=sizes.width, intermediate_size=sizes.mlp,
+      num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads,
+      num_key_value_heads=sizes.kv_heads, max_position_embeddings=max_length, rms_norm_eps=1e-6,
+      tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0))
 
 
 def facts(name, model, **versions):

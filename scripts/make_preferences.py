@@ -30,7 +30,6 @@ import tqdm
 
 from ptjax import config as settings
 from ptjax.data import pairing
-from ptjax.data import sources
 
 
 def define_flags():
@@ -75,17 +74,6 @@ def define_flags():
 # What decides the samples; a file of samples drawn with other values is refused.
 _DECIDING = ('pairs', 'dataset', 'columns', 'limit', 'seed', 'model', 'reward', 'samples',
              'temperature', 'top_p', 'max_prompt_tokens', 'max_completion_tokens', 'dtype')
-
-
-def load_rows(options):
-  """Returns the rows that --dataset names."""
-  columns = {}
-  for mapping in options.columns:
-    ours, equals, theirs = mapping.partition('=')
-    if not equals:
-      raise settings.UserError(f'--columns={mapping}: expected ours=theirs, e.g. prompt=question')
-    columns[ours] = theirs
-  return sources.load(options.dataset, columns=columns, limit=options.limit, seed=options.seed)
 
 
 def make_pairs(options, rows):
@@ -217,7 +205,7 @@ def open_samples(options, path):
 def make(options):
   """Makes the pairs and writes them."""
   out = script_main.output(options.out)
-  pairs = make_pairs(options, load_rows(options))
+  pairs = make_pairs(options, script_main.load_rows(options))
   if not pairs.rows:
     hint = '' if options.pairs in ('labels', 'scored') else (
         '; samples that --max_completion_tokens cut take no part without --keep_truncated')

@@ -24,7 +24,6 @@ import numpy as np
 import script_main
 
 from ptjax import config as settings
-from ptjax.data import sources
 
 SEPARATOR = '\n'  # behind each step, as the stepwise door puts it
 
@@ -163,13 +162,7 @@ def run(options):
 
 
 def _load_rows(options):
-  columns = {}
-  for mapping in options.columns:
-    ours, equals, theirs = mapping.partition('=')
-    if not equals:
-      raise settings.UserError(f'--columns={mapping}: expected ours=theirs, e.g. prompt=question')
-    columns[ours] = theirs
-  rows = sources.load(options.dataset, columns=columns, limit=options.limit, seed=options.seed)
+  rows = script_main.load_rows(options)
   wanted = ('prompt',) if options.solutions else ('prompt', 'completion')
   for name in wanted:
     if name not in rows.columns:

@@ -1,4 +1,4 @@
-"""What the scripts with absl flags share: their front door, the model they ask, whole files."""
+"""What the scripts with absl flags share: their front door, rows, the model they ask, files."""
 
 import functools
 import json
@@ -9,6 +9,7 @@ import sys
 from absl import flags
 
 from ptjax import config as settings
+from ptjax.data import sources
 
 
 def run(name, says, options, argv, act):
@@ -33,6 +34,21 @@ def run(name, says, options, argv, act):
   except (settings.UserError, flags.Error) as error:
     print(f'{name}: {error}', file=sys.stderr)
     return 2
+
+
+def load_rows(options):
+  """Returns the rows that --dataset names, by way of --columns, --limit and --seed.
+
+  Raises:
+    UserError: no such data set or column, or a mapping that is none.
+  """
+  columns = {}
+  for mapping in options.columns:
+    ours, equals, theirs = mapping.partition('=')
+    if not equals:
+      raise settings.UserError(f'--columns={mapping}: expected ours=theirs, e.g. prompt=question')
+    columns[ours] = theirs
+  return sources.load(options.dataset, columns=columns, limit=options.limit, seed=options.seed)
 
 
 def load_weights(policy):

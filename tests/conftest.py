@@ -5,6 +5,7 @@ more than they save here, are off, and so are fusions made by MLIR, which take h
 `.ci/run` also runs the launcher with them on.
 """
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -22,6 +23,23 @@ import jax
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+  """Keeps the tests of a file on one worker: what they share is made and compiled once."""
+  if config.getvalue('dist') != 'load':  # another way was asked for
+    return None
+  from xdist import scheduler
+  config.option.loadscopereorder = False  # the last files are short ones, so workers end together
+  return scheduler.LoadFileScheduling(config, log)
+
+
+def pytest_collection_finish(session):
+  """Tracing makes millions of objects that live on; looking for cycles among them is in vain."""
+  del session
+  gc.freeze()
+  gc.set_threshold(20_000, 10, 20)
 
 
 @pytest.fixture(scope='session')

@@ -240,6 +240,16 @@ def durations(*events):
   return found
 
 
+def facts(name, compiles):
+  """What a side in JAX says of itself; `compiles` as of `compilations`."""
+  import jax
+  memory = jax.local_devices()[0].memory_stats() or {}
+  return {
+      'name': name, 'versions': {'jax': jax.__version__}, 'device': jax.devices()[0].device_kind,
+      'peak_device_mib': memory.get('peak_bytes_in_use', 0) / 2**20,
+      'compile_seconds': sum(compiles), 'compilations': len(compiles)}
+
+
 def machine():
   """What a row says of the machine."""
   return {'cpu': _cpu_name(), 'cores': os.cpu_count(), 'python': platform.python_version(),

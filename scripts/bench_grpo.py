@@ -166,14 +166,10 @@ def ptjax_worker(arguments, job):
     def reported(state, batch):
       out = jax.block_until_ready(step(state, batch))
       lengths, drawn[:] = list(drawn), ()
-      memory = jax.local_devices()[0].memory_stats() or {}
       turns.done(
-          name='ptjax', lengths=lengths, rollout=rollout_seconds.pop(),
-          versions={'jax': jax.__version__}, device=jax.devices()[0].device_kind,
-          peak_device_mib=memory.get('peak_bytes_in_use', 0) / 2**20,
-          prompt_tokens=job.prompts * job.prompt,
-          parameters=sum(leaf.size for leaf in jax.tree.leaves(out[0].params)),
-          compile_seconds=sum(compiles), compilations=len(compiles))
+          **bench_common.facts('ptjax', compiles), lengths=lengths,
+          rollout=rollout_seconds.pop(), prompt_tokens=job.prompts * job.prompt,
+          parameters=sum(leaf.size for leaf in jax.tree.leaves(out[0].params)))
       turns.wait()
       return out
     return reported

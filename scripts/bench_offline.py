@@ -162,9 +162,7 @@ def ptjax_worker(arguments, job):
     door = doors[-1]
     packed = hasattr(door, 'width')
     return {
-        'name': 'ptjax', 'versions': {'jax': jax.__version__},
-        'device': jax.devices()[0].device_kind, 'compile_seconds': sum(compiles),
-        'compilations': len(compiles), 'row_tokens': door.width if packed else 0,
+        **bench_common.facts('ptjax', compiles), 'row_tokens': door.width if packed else 0,
         'row_count': door.rows_per_batch if packed else 0}
 
   reporter = Reporter(lambda: doors[-1].steps_per_epoch, facts)

@@ -104,14 +104,11 @@ def worker(job):
     global_step(*args, **kwargs)
     weights = jax.block_until_ready(
         jax.tree.leaves(nnx.state(cluster.actor_trainer.model, nnx.Param)))
-    memory = jax.local_devices()[0].memory_stats() or {}
-    turns.done(
-        name='tunix', lengths=lengths.pop(), rollout=seconds.pop(),
-        versions={name: metadata.version(name) for name in ('google-tunix', 'jax', 'flax')},
-        device=jax.devices()[0].device_kind,
-        peak_device_mib=memory.get('peak_bytes_in_use', 0) / 2**20,
-        prompt_tokens=job.prompts * job.prompt, parameters=sum(leaf.size for leaf in weights),
-        compile_seconds=sum(compiles), compilations=len(compiles))
+    turns.done(**{
+        **bench_common.facts('tunix', compiles), 'lengths': lengths.pop(),
+        'versions': {name: metadata.version(name) for name in ('google-tunix', 'jax', 'flax')},
+        'rollout': seconds.pop(), 'prompt_tokens': job.prompts * job.prompt,
+        'parameters': sum(leaf.size for leaf in weights)})
     turns.wait()
 
   cluster.generate, learner._run_global_step = timed, reported

@@ -114,44 +114,38 @@ def ptjax_worker(job):
   turns = bench_common.Turns()
   turns.wait()
   compiles = bench_common.compilations()
-  import jax
   draw, _, parameters = make_rollout(job)
   turn = 0
   while True:
     tokens = draw(turn).loss_mask.sum()
-    turns.done(name='ptjax', tokens=int(tokens), parameters=parameters, versions={
-        'jax': jax.__version__}, device=jax.devices()[0].device_kind,
-        compile_seconds=sum(compiles), compilations=len(compiles))
+    turns.done(**bench_common.facts('ptjax', compiles), tokens=int(tokens), parameters=parameters)
     turn = turns.wait()
 
 
-def timed(name, versions, function):
-  """Runs `function() -> tokens`, which waits for what it computes, and says what it took."""
-  started, cpu = time.perf_counter(), time.process_time()
-  tokens = function()
-  seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-  return {'name': name, 'versions': versions, 'seconds': seconds, 'cpu': cpu, 'tokens': int(tokens),
-          'peak_rss_mib': bench_common.peak_rss_mib()}
-
-
 class Arm:
-  """An arm in this process: `function(turn) -> tokens`; `compiles` as of `compilations`."""
+  """An arm in this process.
+
+  Args:
+    name: shown.
+    function: `function(turn) -> tokens`, which waits for what it computes.
+    compiles: as of `bench_common.compilations`.
+  """
 
   def __init__(self, name, function, compiles=()):
     self._name, self._function, self._compiles = name, function, compiles
     self._own_compiles, self.runs = [], []
 
   def step(self, turn, *, keep):
-    """Takes a turn; returns how many tokens it made."""
-    import jax
+    """Takes a turn."""
     before = len(self._compiles)
-    run = timed(self._name, {'jax': jax.__version__}, lambda: self._function(turn))
+    started, cpu = time.perf_counter(), time.process_time()
+    tokens = self._function(turn)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     self._own_compiles += self._compiles[before:]
-    run.update(device=jax.devices()[0].device_kind, compilations=len(self._own_compiles),
-               compile_seconds=sum(self._own_compiles))
     if keep:
-      self.runs.append(run)
-    return run['tokens']
+      self.runs.append({
+          **bench_common.facts(self._name, self._own_compiles), 'seconds': seconds, 'cpu': cpu,
+          'tokens': int(tokens), 'peak_rss_mib': bench_common.peak_rss_mib()})
 
 
 class Side(Arm):
@@ -166,7 +160,6 @@ class Side(Arm):
     run = self._worker.ask(turn)
     if keep:
       self.runs.append(run)
-    return run['tokens']
 
 
 def variable_arms(job):

@@ -20,7 +20,6 @@ the same batch, in a process of its own, to `prompt` and `lengths`; it needs the
 import argparse
 import dataclasses
 import json
-import resource
 import statistics
 import sys
 import time
@@ -34,14 +33,8 @@ PEERS = {'hf': 'bench_peer_hf_update.py', 'none': None}
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(bench_common.Sizes):
   """What an update computes."""
-  layers: int = 4
-  width: int = 256
-  heads: int = 4
-  kv_heads: int = 2
-  mlp: int = 1024
-  vocab: int = 2048
   prompts: int = 8
   group: int = 8
   prompt: int = 32  # tokens of every prompt
@@ -57,8 +50,7 @@ def parse(argv=None):
   """Returns (arguments, Shape)."""
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  for field in dataclasses.fields(Shape):
-    parser.add_argument(f'--{field.name}', type=field.type, default=field.default)
+  Shape.add_flags(parser)
   parser.add_argument('--compare', default=','.join(COMPARISONS), help='comma-separated')
   parser.add_argument('--peer', choices=sorted(PEERS), default='none')
   parser.add_argument('--repetitions', type=int, default=7, help='timed updates of each arm')
@@ -67,8 +59,7 @@ def parse(argv=None):
   unknown = set(arguments.compare.split(',')) - set(COMPARISONS)
   if unknown:
     parser.error(f'--compare={arguments.compare}: expected some of {",".join(COMPARISONS)}')
-  return arguments, Shape(**{f.name: getattr(arguments, f.name)
-                             for f in dataclasses.fields(Shape)})
+  return arguments, Shape.parsed(arguments)
 
 
 # --- batches, of NumPy alone, for peers make them too
@@ -147,8 +138,7 @@ class PeerArm:
   """The same batch in a worker of its own."""
 
   def __init__(self, script, shape, kind):
-    argv = [f'--{name}={value}' for name, value in dataclasses.asdict(shape).items()]
-    self._worker = bench_common.Worker(script, [kind, *argv])
+    self._worker = bench_common.Worker(script, [kind, *shape.flags()])
     self.facts = self._worker.read()
     self.name, self.tokens, self.runs = self.facts.pop('name'), self.facts.pop('tokens'), []
 
@@ -163,10 +153,7 @@ class PeerArm:
 
 def model_of(shape, **changes):
   from ptjax.models import presets
-  return presets.get('tiny', **{
-      'num_layers': shape.layers, 'width': shape.width, 'num_heads': shape.heads,
-      'num_kv_heads': shape.kv_heads, 'mlp_width': shape.mlp, 'vocab_size': shape.vocab,
-      **changes})
+  return presets.get('tiny', **{**shape.model_fields(), **changes})
 
 
 def update_arm(name, shape, batch, *, remat=None):
@@ -313,7 +300,7 @@ def rows_of(title, made, shape):
            'versions': {'jax': jax.__version__}, 'device': jax.devices()[0].device_kind,
            'dtype': 'float32', 'shape': dataclasses.asdict(shape), 'repetitions': len(arm.runs),
            'tokens': arm.tokens, 'seconds': seconds, 'cpu_seconds': cpu,
-           'peak_rss_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+           'peak_rss_mib': bench_common.peak_rss_mib(),
            'machine': bench_common.machine(), **arm.facts}
     if arm.runs:
       row.update(
@@ -335,11 +322,7 @@ def print_table(title, rows):
       'tokens/s': ('tokens_per_second', '.0f'), 'rows hold': ('forward_tokens', 'd'),
       'temp MiB': ('temporary_mib', '.0f'), 'compile s': ('compile_seconds', '.1f'),
       f'x {first}': (f'times_{first}', '.2f'), 'x CPU': (f'cpu_times_{first}', '.2f')}
-  print(f'\n{title}\n' + ' ' * 14 + ''.join(f'{heading:>13}' for heading in columns))
-  for row in rows:
-    cells = ('-' if row.get(key) is None else format(row[key], kind)
-             for key, kind in columns.values())
-    print(f'{row["name"]:14}' + ''.join(f'{cell:>13}' for cell in cells))
+  print('', title, *bench_common.table(rows, columns, name=14, cell=13), sep='\n')
 
 
 def main():

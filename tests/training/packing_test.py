@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import pathlib
+import sys
 
 import chex
 import jax
@@ -13,26 +15,20 @@ import pytest
 from ptjax import algorithms
 from ptjax import sharding
 from ptjax import types
-from ptjax.models import config as config_lib
-from ptjax.models import transformer
 from ptjax.training import algorithm as binding
 from ptjax.training import forward as training_forward
 from ptjax.training import packing
 from ptjax.training import state as training_state
 from ptjax.training import step as training_step
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'models'))
+import tiny_models
+
 P, S, G, T, V = 4, 5, 4, 12, 19
-LLAMA = config_lib.TransformerConfig(
-    family='llama', vocab_size=V, width=16, num_layers=2, num_heads=4, num_kv_heads=2,
-    mlp_width=24, max_length=32)
-GPT2 = dataclasses.replace(
-    LLAMA, family='gpt2', num_kv_heads=4, position='learned', norm='layer', norm_bias=True,
-    gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, activation='gelu_tanh')
-GEMMA = dataclasses.replace(
-    LLAMA, family='gemma3_text', layer_windows=(3, 0), local_rope_theta=100.0, qk_norm=True,
-    post_norms=True, norm_offset=1.0, attention_softcap=2.0, logit_softcap=4.0)
-SLIDING = dataclasses.replace(LLAMA, layer_windows=(3, 3))
-CONFIGS = {'llama': LLAMA, 'gpt2': GPT2, 'gemma': GEMMA, 'sliding': SLIDING}
+LLAMA = tiny_models.LLAMA
+CONFIGS = {'llama': LLAMA, 'gpt2': tiny_models.GPT2,
+           'gemma': dataclasses.replace(tiny_models.GEMMA, logit_softcap=4.0),
+           'sliding': dataclasses.replace(LLAMA, layer_windows=(3, 3))}
 
 
 def make_batch(seed=0, **inputs):
@@ -58,21 +54,6 @@ def make_batch(seed=0, **inputs):
 
 def pack(batch, multiple=1):
   return packing.Packer(width=16, multiple=multiple, always=True)(batch)
-
-
-@functools.cache
-def _params(config, critic=None):
-  """Weights large enough that attention is far from uniform."""
-  random = np.random.RandomState(1)
-  def draw(path, leaf):
-    centre = 1.0 - config.norm_offset if path[-1].key == 'scale' else 0.0
-    return (centre + 0.3 * random.normal(size=leaf.shape)).astype(leaf.dtype)
-  shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-  if critic is not None:
-    head = {'kernel': np.zeros((16, 1), np.float32), 'bias': np.zeros(1, np.float32)}
-    body = {name: tree for name, tree in shapes.items() if name != 'head'}
-    shapes = {**shapes, 'critic': head if critic == 'head' else {**body, 'score': head}}
-  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 # --- the layout
@@ -203,27 +184,18 @@ def _outputs(config, params, batch):
   return out, gradient
 
 
-def _assert_same_gradient(gradient, expected):
-  """As a whole to 1e-6; single entries feel float32 sums in another order a little more."""
-  flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-  norm = np.linalg.norm(flat(expected))
-  assert np.linalg.norm(flat(gradient) - flat(expected)) < 1e-6 * norm
-  scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
-  chex.assert_trees_all_close(gradient, expected, atol=3e-6 * scale, rtol=0)
-
-
 @pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS)
 def test_packed_outputs_and_gradients_equal_those_of_plain_rows(config):
   batch = make_batch()
-  out, gradient = _outputs(config, _params(config), pack(batch))
-  expected, expected_gradient = _outputs(config, _params(config), batch)
+  out, gradient = _outputs(config, tiny_models.params(config), pack(batch))
+  expected, expected_gradient = _outputs(config, tiny_models.params(config), batch)
   for name in ('log_probs', 'entropy', 'sum_squares'):
     np.testing.assert_allclose(np.asarray(out[name])[batch.loss_mask],
                                np.asarray(expected[name])[batch.loss_mask], rtol=1e-6, atol=1e-5)
     assert (np.asarray(out[name])[~batch.loss_mask] == 0.0).all()
   np.testing.assert_array_equal(np.asarray(out['likeliest'])[batch.loss_mask],
                                 np.asarray(expected['likeliest'])[batch.loss_mask])
-  _assert_same_gradient(gradient, expected_gradient)
+  tiny_models.assert_same_gradient(gradient, expected_gradient)
   assert np.asarray(out['log_probs'])[batch.loss_mask].std() > 0.3  # there is something to see
 
 
@@ -233,7 +205,7 @@ def test_packed_outputs_and_gradients_equal_those_of_plain_rows(config):
 def take_step(batch, *, algo, critic=None, micro_batches=1, mesh=None, **hyperparameters):
   """(metrics, parameters after a step of plain descent)."""
   bound = binding.bind(algorithms.get(algo), hyperparameters)
-  params = jax.tree.map(jnp.asarray, _params(LLAMA, critic))
+  params = jax.tree.map(jnp.asarray, tiny_models.params(LLAMA, critic=critic))
   optimizer, shardings = optax.sgd(1.0), None
   state = training_state.init(params, optimizer)
   if mesh is not None:
@@ -285,7 +257,7 @@ def _step_of(name, batch):
 
 
 def _assert_same_step(found, expected):
-  _assert_same_gradient(found[1], expected[1])
+  tiny_models.assert_same_gradient(found[1], expected[1])
   chex.assert_trees_all_close(found[0], expected[0], rtol=2e-5, atol=1e-6)
 
 
@@ -294,8 +266,9 @@ def test_a_packed_step_is_the_same_step(name):
   batch, expected = _plain_step(name)
   found = _step_of(name, pack(batch))
   _assert_same_step(found, expected)
+  before = tiny_models.params(LLAMA, critic=CASES[name].get('critic'))
   assert any(np.abs(a - b).max() > 1e-2 for a, b in zip(
-      jax.tree.leaves(found[1]), jax.tree.leaves(_params(LLAMA, CASES[name].get('critic')))))
+      jax.tree.leaves(found[1]), jax.tree.leaves(before)))
 
 
 @pytest.mark.parametrize('mesh', [None, 'data=2,fsdp=2,tensor=2'])
@@ -312,7 +285,7 @@ def test_micro_batches_and_devices_split_packed_rows(mesh, micro_batches):
 def test_a_scoring_pass_gives_one_row_per_completion(parts):
   batch = make_batch()
   score = training_step.make_log_prob_step(training_forward.make_forward(LLAMA), parts=parts)
-  plain, packed = (score(_params(LLAMA), some) for some in (batch, pack(batch, parts)))
+  plain, packed = (score(tiny_models.params(LLAMA), some) for some in (batch, pack(batch, parts)))
   np.testing.assert_allclose(np.asarray(packed)[batch.loss_mask],
                              np.asarray(plain)[batch.loss_mask], rtol=1e-6, atol=1e-5)
   assert packed.shape == batch.tokens.shape and (packed[~batch.loss_mask] == 0.0).all()

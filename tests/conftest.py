@@ -14,8 +14,10 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
     ' --xla_backend_optimization_level=0')
-if importlib.metadata.version('jaxlib').startswith('0.10.'):  # later ones do not know the flag
-  os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
+if importlib.metadata.version('jaxlib').startswith('0.10.'):  # later ones may not know the flags
+  # Generating a program's code in parts pays only where there are idle cores.
+  os.environ['XLA_FLAGS'] += (
+      ' --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 

@@ -88,8 +88,8 @@ CASES = {
     'simpo': ('pairs', {}, {'loss': -1, 'rewards/accuracies': 1}),
     'orpo': ('pairs', {'training.steps': 60}, {'loss': -1, 'rewards/margins': 1}),
     'kto': ('labelled', {}, {'loss': -1, 'rewards/margins': 1}),
-    'reward_bt': ('pairs', {'training.steps': 40}, {'loss': -1, 'rewards/margins': 1}),
-    'prm': ('steps', {'training.steps': 40}, {'loss': -1, 'accuracy': 1}),
+    'reward_bt': ('pairs', {'optimizer.learning_rate': 3e-3}, {'loss': -1, 'rewards/margins': 1}),
+    'prm': ('steps', {'optimizer.learning_rate': 3e-3}, {'loss': -1, 'accuracy': 1}),
     'kd': ('text', {}, {'loss': -1, 'mean_token_accuracy': 1}),
 }
 

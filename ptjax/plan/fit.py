@@ -8,6 +8,7 @@ import dataclasses
 
 ROOM = 0.92  # of a device's memory that a run may fill; the rest is the allocator's and driver's
 _TRIES = 3  # guesses compiled at most
+KEPT = 'rollout, kept by the allocator'  # part of an update's memory, where a CPU runs it
 MOST = 64  # times the rollout asked for, past which nobody wants to know
 
 
@@ -64,11 +65,12 @@ def _fewest_parts(plan, estimate, measure, rows, limit):
   now = plan.config.training.micro_batches
   counts = divisors(rows)
   known = {now: _phase_peak(estimate, is_update)}
+  kept = estimate.phases['update'].get(KEPT, 0)
 
   def fits(count):
     if count not in known:
-      known[count] = _phase_peak(measure(changed(plan, micro_batches=count), ('update',)),
-                                 is_update)
+      known[count] = kept + _phase_peak(
+          measure(changed(plan, micro_batches=count), ('update',)), is_update)
     return known[count] <= limit
   low, high = 0, len(counts)  # the answer lies in counts[low:high + 1]; high: none fits
   if now in counts:  # asked first, for it is known
@@ -86,14 +88,16 @@ def _largest_rollout(plan, estimate, measure, devices, limit):
   now, most = config.rollout.num_prompts, MOST * config.rollout.num_prompts
   part = now // (config.training.mini_batches * config.training.micro_batches)
   in_rollout = lambda name: name != 'update'
-  known = {now: _phase_peak(estimate, in_rollout)}
+  update = estimate.phases['update']
+  beside = sum(size for part, size in update.items() if part != KEPT) if KEPT in update else 0
+  known = {now: beside + _phase_peak(estimate, in_rollout)}
 
   def peak(size):
     if size not in known:
       rows = size // config.training.mini_batches
       parts = next(n for n in divisors(rows // devices) if rows // n <= part)
       sized = changed(plan, micro_batches=parts, num_prompts=size)
-      known[size] = _phase_peak(measure(sized, ('rollout', 'passes')), in_rollout)
+      known[size] = beside + _phase_peak(measure(sized, ('rollout', 'passes')), in_rollout)
     return known[size]
 
   peak(2 * now)

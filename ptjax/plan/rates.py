@@ -29,14 +29,23 @@ class Rates:
   memory: float | None = None  # GiB it has, where known
 
 
+def is_this_machine(options, model, mesh):
+  """Whether a plan is for this machine's CPU.
+
+  A program for several virtual devices, or in bfloat16, is meant for GPUs, and one for another
+  device is for that; see `assumed` for the arguments.
+  """
+  return (options.device is None and mesh.devices.flat[0].platform == 'cpu' and mesh.size == 1
+          and model.dtype == 'float32')
+
+
 def assumed(options, model, mesh):
   """The rates that seconds are reckoned with.
 
   Args:
     options: config.PlanSettings; what it gives wins.
     model: TransformerConfig.
-    mesh: the mesh. A program for one CPU is timed by this CPU; one for several virtual devices, or
-      in bfloat16, is meant for GPUs.
+    mesh: the mesh.
   Raises:
     UserError: a device without a data sheet.
   """
@@ -44,12 +53,11 @@ def assumed(options, model, mesh):
   if options.device is not None and options.device not in DEVICES:
     raise settings.UserError(f'plan.device={options.device}: no data sheet'
                              + settings.near_names(options.device, DEVICES))
-  here = device.platform == 'cpu' and mesh.size == 1 and model.dtype == 'float32'
   given = {name: value for name, value in (
       ('flops', options.peak_tflops), ('bytes', options.memory_gb_per_second),
       ('link', options.link_gb_per_second),
       ('network', options.network_gb_per_second)) if value is not None}
-  if options.device is None and here:
+  if is_this_machine(options, model, mesh):
     found, share = measured(), 1.0  # as measured, nothing taken off
   else:
     found = _data_sheet(options.device or next(

@@ -66,6 +66,18 @@ def test_the_largest_rollout_that_fits(memory, prompts):
   assert len(tried) <= 7
 
 
+def test_on_a_cpu_rollout_and_update_lie_side_by_side():
+  plan, tried = stage_plan(micro_batches=4), []
+  measure = memory_of(tried)
+  estimate = measure(plan, planner.PARTS)
+  estimate.phases['update'][plan_fit.KEPT] = 0.8 * GIB  # the rollout's, of 16 prompts
+  limits = {2: 14.85, 4: 12.85}  # 10 of the stage, 0.8, and 4 or 2 of activations
+  for parts, limit in limits.items():
+    found = plan_fit.fit(plan, estimate, measure, DEVICES, limit / plan_fit.ROOM)
+    assert found.micro_batches == parts
+    assert found.rollout == (16 if parts == 4 else 56)
+
+
 def test_a_rollout_past_all_wishes_is_not_sought():
   found, _ = fit(stage_plan(), 10_000)
   assert found.rollout == plan_fit.MOST * 16

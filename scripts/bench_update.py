@@ -8,8 +8,9 @@ Comparisons, each of arms that take turns in this process:
   prompt   each prompt computed once for its group, or repeated for every completion;
            prompts of 32 and of 256 tokens
   lengths  completions of geometric length in packed rows, or padded to the longest of them
-  head     log-probs and entropy with their gradient from hidden states, vocabulary 32k: whole
-           logits, or chunks of several sizes
+  head     log-probs and entropy with their gradient from hidden states, vocabulary 32k: as losses
+           of single tokens train it (the gradient made in the forward pass), by autodiff in
+           chunks of several sizes, and from whole logits
   remat    what the backward pass recomputes
   compile  seconds to compile an update, without running it and without a cache of programs
 
@@ -165,6 +166,7 @@ def update_arm(name, shape, batch, *, remat=None):
   from ptjax.models import transformer
   from ptjax.training import algorithm as binding
   from ptjax.training import forward as training_forward
+  from ptjax.training import layout
   from ptjax.training import optimizer as optimizers
   from ptjax.training import state as training_state
   from ptjax.training import step as training_step
@@ -178,7 +180,7 @@ def update_arm(name, shape, batch, *, remat=None):
                                     remat=remat or settings.ModelSettings().remat),
       bound.loss, optimizer, schedule=schedule)
   placed = training_step.place(batch, None)
-  rows = training_step.rows_of(batch)
+  rows = layout.rows_of(batch)
   here = [training_state.init(params, optimizer)]
 
   def call(compiled):
@@ -203,12 +205,17 @@ def head_arm(name, shape, score):
       model, jax.random.key(shape.seed))['embed']}
 
   def loss(params, states, tokens):
-    log_probs, entropy = score(model, params, states, tokens)
-    return (log_probs * jnp.cos(log_probs) + 0.1 * entropy).sum()
+    return token_loss(score(model, params, states, tokens))
   inputs = params, jnp.asarray(states, jnp.float32), jnp.asarray(found['tokens'])
   step = jax.jit(jax.value_and_grad(loss, (0, 1)))
   return Arm(name, lambda: step.lower(*inputs), lambda compiled: compiled(*inputs),
              found['tokens'].size, forward_tokens=found['tokens'].size)
+
+
+def token_loss(out):
+  """Of single tokens, and not linear."""
+  import jax.numpy as jnp
+  return (out['log_probs'] * jnp.cos(out['log_probs']) + 0.1 * out['entropy']).sum()
 
 
 def whole_logits(model, params, states, tokens):
@@ -219,17 +226,27 @@ def whole_logits(model, params, states, tokens):
   from ptjax.models import transformer
   full = jax.nn.log_softmax(transformer.logits(model, params, states))
   own = jnp.take_along_axis(full, tokens[..., None], axis=-1)[..., 0]
-  return own, -(jnp.exp(full) * full).sum(-1)
+  return {'log_probs': own, 'entropy': -(jnp.exp(full) * full).sum(-1)}
 
 
 def in_chunks(chunk):
-  """The log-probs and entropy of policy.score, `chunk` tokens of each completion at a time."""
-  from ptjax.models import policy
+  """head.score by autodiff, `chunk` tokens of each completion at a time."""
+  import functools
 
-  def score(model, params, states, tokens):
-    out = policy.score(model, params, states, tokens, chunk=chunk)
-    return out['log_probs'], out['entropy']
-  return score
+  from ptjax.models import head
+  return functools.partial(head.score, chunk=chunk)
+
+
+def as_trained(model, params, states, tokens):
+  """head.score with the gradient made in the forward pass, as the train step has it."""
+  import jax
+  import jax.numpy as jnp
+
+  from ptjax.models import head
+  from ptjax.training import per_token
+  shape = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
+  slope = per_token.split(jax.grad(token_loss), {'log_probs': shape, 'entropy': shape})
+  return head.score(model, params, states, tokens, slope=slope)
 
 
 def arms(comparison, shape, peer=None):
@@ -254,7 +271,7 @@ def arms(comparison, shape, peer=None):
   elif comparison == 'head':
     sizes = sorted({max(1, shape.completion // n) for n in (32, 8, 2, 1)})
     yield f'head, vocabulary {shape.head_vocab}', [
-        lambda: head_arm('as trained', shape, in_chunks(None)),
+        lambda: head_arm('as trained', shape, as_trained),
         *(lambda n=n: head_arm(f'chunk {n * shape.prompts * shape.group}', shape, in_chunks(n))
           for n in sizes),
         lambda: head_arm('whole logits', shape, whole_logits)]

@@ -1,12 +1,13 @@
 """The forward pass of a train step: which model outputs, of which trees."""
 
+from ptjax.models import head
 from ptjax.models import lora
 from ptjax.models import policy
 
 
 def make_forward(config, *, outputs=('log_probs', 'entropy'), temperature=1.0, remat='none',
                  lora_scale=None, teacher=None, divergence=None):
-  """Returns `forward(params, frozen, batch) -> {output: array}` for `step.make_train_step`.
+  """Returns `forward(params, frozen, batch, slope=None) -> {output: array}` for `step`.
 
   Args:
     config: TransformerConfig of the model that trains.
@@ -17,9 +18,9 @@ def make_forward(config, *, outputs=('log_probs', 'entropy'), temperature=1.0, r
     teacher: TransformerConfig of `frozen['teacher']`, for 'divergence'.
     divergence: `divergence(logits, teacher_logits)` over the last axis, for 'divergence'.
   Returns:
-    The function; `batch` is a types.TokenBatch.
+    The function; `batch` is a types.TokenBatch, `slope` as for `head.score`, in its rows' order.
   """
-  def forward(params, frozen, batch):
+  def forward(params, frozen, batch, slope=None):
     if lora_scale is not None:
       params = lora.join(frozen['base'], params, lora_scale)
     rows = {'prompt_tokens': batch.prompt_tokens, 'prompt_lengths': batch.prompt_lengths,
@@ -35,8 +36,8 @@ def make_forward(config, *, outputs=('log_probs', 'entropy'), temperature=1.0, r
       seen = _teacher_rows(rows, batch.inputs)
       further = {'divergence': divergence, 'teacher': (
           teacher, frozen['teacher'], policy.hidden(teacher, frozen['teacher'], **seen))}
-    result = policy.score(config, params, hidden, batch.tokens, temperature=temperature,
-                          with_sum_squares='sum_squares' in outputs, **further)
+    result = head.score(config, params, hidden, batch.tokens, temperature=temperature,
+                        with_sum_squares='sum_squares' in outputs, slope=slope, **further)
     if 'values' in outputs:
       result['values'] = policy.values(config, params, hidden, **rows, remat=remat)
     return result

@@ -1,9 +1,10 @@
 """Batch -> gradient -> update: one compiled step for every method.
 
-A loss touches the model only through its outputs (`log_probs`, `entropy`). That makes exact
-micro-batching possible for any loss, also one that looks at the whole batch: first the outputs of
-all micro-batches, then the loss's gradient with respect to them, then that gradient fed back
-micro-batch by micro-batch.
+A loss touches the model only through its outputs (`log_probs`, `entropy`). Where its derivative by
+a token's outputs needs no other token's, which per_token.py finds out, the model's head is told it
+and makes the gradient as it goes, micro-batch by micro-batch. Any other loss is exact too: first
+the outputs of all micro-batches, then the loss's gradient with respect to them, then that gradient
+fed back micro-batch by micro-batch.
 
 A loss says what it needs by the names of its arguments: model outputs, arrays of the batch, `pair`
 or `side` (types.PairLogProbs, types.SideLogProbs: preference losses), `loss_state` (a running
@@ -22,6 +23,9 @@ import optax
 from ptjax import keys
 from ptjax import sharding
 from ptjax import types
+from ptjax.models import head
+from ptjax.training import layout
+from ptjax.training import per_token
 
 # Model output -> the arguments of a loss that read it; each output has leading dimension B.
 MODEL_OUTPUTS = {
@@ -159,7 +163,12 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
     counts in `state.bad_steps`.
   """
   attached = model_outputs(loss)
+  by_head = tuple(name for name in attached if name in head.DIFFERENTIABLE)
   draws = 'key' in inspect.signature(loss).parameters
+  takes_slope = 'slope' in inspect.signature(forward).parameters
+
+  def run(params, frozen, laid, slope):
+    return forward(params, frozen, laid, **({'slope': slope} if takes_slope else {}))
 
   def whole_loss(attached_values, outputs, batch, loss_state, key):
     batch = with_old_log_probs(batch, outputs)
@@ -167,37 +176,60 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
         loss, {**outputs, **attached_values}, batch, loss_state=loss_state, key=key)
     return value, (metrics, loss_state)
 
+  def slope_of(batch, loss_state, key):
+    """The loss's derivative by the head's outputs, where each token's needs no other token."""
+    if not (takes_slope and by_head and set(attached) <= {*by_head, 'values'}):
+      return None
+    def derivative(values):
+      return jax.grad(lambda own: whole_loss(
+          {**values, **own}, values, batch, loss_state, key)[0])({n: values[n] for n in by_head})
+    shape = jax.ShapeDtypeStruct(batch.loss_mask.shape, jnp.float32)
+    found = per_token.split(
+        derivative, dict.fromkeys(attached, shape), mixed=set(attached) - set(by_head))
+    return found and layout.of_rows(found, batch)
+
+  def joined(outputs, batch):
+    laid = layout.rows_of(batch)
+    return layout.put_back(jax.tree.map(lambda x: layout.join(x, laid), outputs), batch)
+
   def in_parts(params, frozen, batch):
-    rows = rows_of(batch)
-    _, outputs = jax.lax.scan(lambda _, part: (None, forward(params, frozen, part)), None,
-                              split(rows, micro_batches))
-    return put_back(jax.tree.map(lambda x: join(x, rows), outputs), batch)
+    _, outputs = jax.lax.scan(lambda _, part: (None, run(params, frozen, part, None)), None,
+                              layout.split(layout.rows_of(batch), micro_batches))
+    return joined(outputs, batch)
 
   def gradients(params, frozen, batch, loss_state, key):
+    laid, slope = layout.rows_of(batch), slope_of(batch, loss_state, key)
     if micro_batches == 1:
       def objective(params):
-        outputs = put_back(forward(params, frozen, rows_of(batch)), batch)
+        outputs = layout.put_back(run(params, frozen, laid, slope), batch)
         value, aux = whole_loss({}, outputs, batch, loss_state, key)
         return value, (*aux, outputs)
       (value, (metrics, loss_state, outputs)), grads = jax.value_and_grad(
           objective, has_aux=True)(params)
       return value, metrics, loss_state, outputs, grads
 
-    rows = rows_of(batch)
-    parts = split(rows, micro_batches)
-    outputs = in_parts(params, frozen, batch)
-    (value, (metrics, loss_state)), cotangents = jax.value_and_grad(whole_loss, has_aux=True)(
-        {n: outputs[n] for n in attached if n in outputs}, outputs, batch, loss_state, key)
-    cotangents = split_arrays(
-        taken_from(cotangents, batch), micro_batches, rows.prompt_lengths.shape[0])
+    names, in_one_pass = by_head, slope is not None and attached == by_head
+    if not in_one_pass:
+      outputs = in_parts(params, frozen, batch)
+      (value, (metrics, loss_state)), cotangents = jax.value_and_grad(whole_loss, has_aux=True)(
+          {n: outputs[n] for n in attached if n in outputs}, outputs, batch, loss_state, key)
+      slope = per_token.constant(layout.taken_from(cotangents, batch))
+      names = tuple(cotangents)
 
     def accumulate(grads, item):
-      part, cotangent = item
-      _, pull_back = jax.vjp(
-          lambda p: {n: forward(p, frozen, part)[n] for n in cotangent}, params)
-      return jax.tree.map(jnp.add, grads, pull_back(cotangent)[0]), None
-    grads, _ = jax.lax.scan(
-        accumulate, jax.tree.map(jnp.zeros_like, params), (parts, cotangents))
+      part, slope_here = item[0], slope._replace(arrays=item[1])
+      def outputs_of(params):
+        outputs = run(params, frozen, part, slope_here)
+        return {n: outputs[n] for n in names}, outputs
+      values, pull_back, outputs = jax.vjp(outputs_of, params, has_aux=True)
+      grads = jax.tree.map(jnp.add, grads, pull_back(slope_here(values))[0])
+      return grads, outputs if in_one_pass else None
+    arrays = layout.split_arrays(slope.arrays, micro_batches, laid.prompt_lengths.shape[0])
+    grads, of_parts = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params),
+                                   (layout.split(laid, micro_batches), arrays))
+    if in_one_pass:
+      outputs = joined(of_parts, batch)
+      value, (metrics, loss_state) = whole_loss({}, outputs, batch, loss_state, key)
     return value, metrics, loss_state, outputs, grads
 
   def train_step(state, batch, frozen):
@@ -256,17 +288,17 @@ def make_log_prob_step(forward, *, output='log_probs', parts=1, mesh=None):
 
   def log_prob_step(params, batch, frozen):
     one = lambda part: forward(params, frozen, part)[output]
-    rows = rows_of(batch)
-    if parts == 1 or rows.prompt_lengths.shape[0] % (parts * devices):
-      return put_back(one(rows), batch)
-    return put_back(join(jax.lax.map(one, split(rows, parts)), rows), batch)
+    laid = layout.rows_of(batch)
+    if parts == 1 or laid.prompt_lengths.shape[0] % (parts * devices):
+      return layout.put_back(one(laid), batch)
+    return layout.put_back(layout.join(jax.lax.map(one, layout.split(laid, parts)), laid), batch)
   return _compiled(log_prob_step, mesh, None if mesh is None else sharding.batch(mesh))
 
 
 def make_loss_step(forward, loss, *, mesh=None):
   """Returns a compiled `(params, batch, loss_state, frozen={}) -> metrics`, for held-out rows."""
   def loss_step(params, batch, loss_state, frozen):
-    outputs = put_back(forward(params, frozen, rows_of(batch)), batch)
+    outputs = layout.put_back(forward(params, frozen, layout.rows_of(batch)), batch)
     key = keys.stream(0, 'held_out', 0) if 'key' in inspect.signature(loss).parameters else None
     value, metrics, _ = call(loss, outputs, with_old_log_probs(batch, outputs),
                              loss_state=loss_state, key=key)
@@ -340,55 +372,3 @@ def batch_metrics(outputs, batch):
     metrics['sampling/effective_sample_size'] = (
         jnp.square(weights.sum()) / (weights.size * jnp.square(weights).sum()))
   return metrics
-
-
-def rows_of(batch):
-  """What the forward pass runs on: the batch, or its packed rows."""
-  return batch if batch.packed is None else batch.packed.rows
-
-
-def put_back(outputs, batch):
-  """Outputs [R, M] of packed rows, put where the loss looks for them, [B, T]; zero elsewhere."""
-  if batch.packed is None:
-    return outputs
-  places, shape = batch.packed.places.reshape(-1), batch.loss_mask.shape
-  return jax.tree.map(
-      lambda x: jnp.zeros(shape, x.dtype).reshape(-1).at[places].set(
-          x.reshape(-1), mode='drop').reshape(shape), outputs)
-
-
-def taken_from(arrays, batch):
-  """Arrays [B, T] in the order of packed rows [R, M], zero on padding: `put_back`, transposed."""
-  if batch.packed is None:
-    return arrays
-  places = batch.packed.places
-  return jax.tree.map(
-      lambda x: x.reshape(-1).at[places].get(mode='fill', fill_value=0), arrays)
-
-
-def split(batch, parts):
-  """Splits a batch along prompts into `parts` stacked parts, without moving rows across devices.
-
-  Part i takes prompts i, i + parts, ...: with prompts lying on the devices in blocks, each device
-  then holds its share of every part.
-  """
-  return split_arrays(batch, parts, batch.prompt_lengths.shape[0])
-
-
-def split_arrays(tree, parts, num_prompts):
-  def one(x):
-    if x.ndim == 0:
-      return jnp.broadcast_to(x, (parts,))
-    group = x.shape[0] // num_prompts
-    x = x.reshape(num_prompts // parts, parts, group, *x.shape[1:])
-    return jnp.swapaxes(x, 0, 1).reshape(parts, num_prompts // parts * group, *x.shape[3:])
-  return jax.tree.map(one, tree)
-
-
-def join(x, batch):
-  """Undoes `split_arrays` on one array [parts, B / parts, ...]."""
-  num_prompts = batch.prompt_lengths.shape[0]
-  parts, rows = x.shape[:2]
-  group = parts * rows // num_prompts
-  x = x.reshape(parts, num_prompts // parts, group, *x.shape[2:])
-  return jnp.swapaxes(x, 0, 1).reshape(num_prompts * group, *x.shape[3:])

@@ -13,6 +13,7 @@ import pytest
 from ptjax import sharding
 from ptjax.models import attention
 from ptjax.models import config as config_lib
+from ptjax.models import head
 from ptjax.models import policy
 from ptjax.models import transformer
 
@@ -96,7 +97,7 @@ def test_gradient_equals_log_softmax():
 
   @jax.jit
   def ours(params, hidden):
-    out = policy.score(CONFIG, params, hidden, TOKENS, temperature=0.7, chunk=2)
+    out = head.score(CONFIG, params, hidden, TOKENS, temperature=0.7, chunk=2)
     return jnp.sum(weights * out['log_probs'] + weights**2 * out['entropy'])
 
   chex.assert_trees_all_close(
@@ -200,7 +201,7 @@ def test_at_a_large_vocabulary_the_head_takes_little_memory(tied):
     return jnp.take_along_axis(full, tokens[..., None], axis=-1)[..., 0]
 
   def ours(params, states, tokens):
-    return policy.score(config, params, states, tokens, with_entropy=False)['log_probs']
+    return head.score(config, params, states, tokens, with_entropy=False)['log_probs']
 
   def compiled(score):
     loss = lambda *inputs: jnp.square(score(*inputs)).sum()

@@ -13,9 +13,10 @@ import pytest
 from ptjax import config as settings
 from ptjax import sharding
 from ptjax.models import config as config_lib
-from ptjax.models import policy
+from ptjax.models import head
 from ptjax.models import transformer
 from ptjax.plan import collectives
+from ptjax.training import per_token
 
 B, T, V = 8, 5, 24
 CONFIG = config_lib.TransformerConfig(
@@ -60,7 +61,7 @@ def skewed(logits, other):
 def run(params, states, teacher_params, teacher_states, chunk=None, temperature=1.0):
   """(outputs, the gradient of a function of all of them for every argument)."""
   def loss(params, states, teacher_params, teacher_states):
-    out = policy.score(
+    out = head.score(
         CONFIG, params, states, TOKENS, temperature=temperature, with_sum_squares=True,
         divergence=skewed, teacher=(TEACHER, teacher_params, teacher_states), chunk=chunk)
     return sum(jnp.sum((i + WEIGHTS) * out[name]) for i, name in enumerate(
@@ -85,17 +86,17 @@ def test_sum_squares(temperature):
 
 def test_sum_squares_carry_no_gradient():
   def loss(params):
-    return policy.score(CONFIG, params, STATES, TOKENS, with_sum_squares=True)['sum_squares'].sum()
+    return head.score(CONFIG, params, STATES, TOKENS, with_sum_squares=True)['sum_squares'].sum()
   assert all(not leaf.any() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(PARAMS)))
 
 
 def test_sum_squares_of_a_sure_and_an_undecided_model():
   sure = {'embed': {'embedding': np.zeros([V, 16], np.float32)}}
   sure['embed']['embedding'][3] = 1000.0
-  out = policy.score(dataclasses.replace(CONFIG, logit_softcap=None), sure, np.ones_like(STATES),
+  out = head.score(dataclasses.replace(CONFIG, logit_softcap=None), sure, np.ones_like(STATES),
                      TOKENS, with_sum_squares=True)
   np.testing.assert_allclose(out['sum_squares'], 0.0, atol=1e-6)
-  out = policy.score(CONFIG, {'embed': {'embedding': np.zeros([V, 16], np.float32)}}, STATES,
+  out = head.score(CONFIG, {'embed': {'embedding': np.zeros([V, 16], np.float32)}}, STATES,
                      TOKENS, with_sum_squares=True)
   np.testing.assert_allclose(out['sum_squares'], -np.log(V), rtol=1e-6)
 
@@ -127,12 +128,12 @@ def test_divergence_is_taken_at_temperature_one():
 def test_a_teacher_with_another_vocabulary_is_refused():
   with pytest.raises(settings.UserError, match='a teacher with another vocabulary: 25 tokens, the '
                      'student 24'):
-    policy.score(CONFIG, PARAMS, STATES, TOKENS, divergence=skewed,
+    head.score(CONFIG, PARAMS, STATES, TOKENS, divergence=skewed,
                  teacher=(dataclasses.replace(TEACHER, vocab_size=25), None, TEACHER_STATES))
 
 
 def test_outputs_are_made_on_request():
-  out = policy.score(CONFIG, PARAMS, STATES, TOKENS, with_entropy=False)
+  out = head.score(CONFIG, PARAMS, STATES, TOKENS, with_entropy=False)
   assert sorted(out) == ['likeliest', 'log_probs']
 
 
@@ -141,7 +142,7 @@ def test_full_logits_of_neither_model_exist():
   config, teacher = (dataclasses.replace(c, vocab_size=vocab) for c in (CONFIG, TEACHER))
   shapes = lambda c: jax.eval_shape(lambda: transformer.init(c, jax.random.key(0)))
   def loss(params, teacher_params, chunk):
-    out = policy.score(config, params, STATES, TOKENS, with_sum_squares=True, divergence=skewed,
+    out = head.score(config, params, STATES, TOKENS, with_sum_squares=True, divergence=skewed,
                        teacher=(teacher, teacher_params, TEACHER_STATES), chunk=chunk)
     return sum(out[name].sum() for name in ('log_probs', 'entropy', 'sum_squares', 'divergence'))
   def sizes(chunk):
@@ -172,7 +173,7 @@ def test_devices_change_nothing(mesh):
 
 def test_rows_that_do_not_split_over_the_devices_run_all_the_same():
   def loss(params, states, tokens):
-    return policy.score(CONFIG, params, states, tokens, chunk=2)['log_probs'].sum()
+    return head.score(CONFIG, params, states, tokens, chunk=2)['log_probs'].sum()
   expected = jax.jit(jax.grad(loss))(PARAMS, STATES[:6], TOKENS[:6])
   with sharding.use(sharding.make_mesh('fsdp=8')):
     chex.assert_trees_all_close(
@@ -184,7 +185,7 @@ def test_rows_that_do_not_split_over_the_devices_run_all_the_same():
 def test_the_head_gradient_is_added_up_once_however_many_chunks(mesh):
   mesh = sharding.make_mesh(mesh)
   def loss(params, states, tokens, chunk):
-    return policy.score(CONFIG, params, states, tokens, chunk=chunk)['log_probs'].sum()
+    return head.score(CONFIG, params, states, tokens, chunk=chunk)['log_probs'].sum()
   def summed(chunk):
     weights, rows = sharding.tree_sharding(mesh, PARAMS), sharding.batch(mesh)
     with sharding.use(mesh):
@@ -192,7 +193,74 @@ def test_the_head_gradient_is_added_up_once_however_many_chunks(mesh):
                      in_shardings=(weights, rows, rows), out_shardings=weights).lower(
                          PARAMS, STATES, TOKENS).compile().as_text()
     return collectives.bytes_received(text).get('all-reduce', 0)
-  head = V * 16 * 4 // mesh.shape['tensor']
+  kernel = V * 16 * 4 // mesh.shape['tensor']
   # Split over `tensor`, a chunk's maximum, sum and hit are added up too, some bytes a position.
-  assert summed(1) - summed(T) < head / 4
-  assert head < summed(1) < 2 * head + 16 * B * T * 4
+  assert summed(1) - summed(T) < kernel / 4
+  assert kernel < summed(1) < 2 * kernel + 16 * B * T * 4
+
+
+# --- the gradient made in the forward pass
+
+NAMES = 'log_probs', 'entropy', 'divergence'
+
+
+def objective(out):
+  """Per token, and of none of its outputs linear."""
+  return sum(jnp.sum((1 + i) * WEIGHTS * jnp.sin(out[name])) for i, name in enumerate(NAMES))
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'chunk', 'known'))
+def gradients(config, params, states, teacher_params, chunk, known):
+  slope = per_token.split(jax.grad(objective), dict.fromkeys(NAMES, jnp.zeros((B, T))))
+  def value(params, states):
+    out = head.score(config, params, states, TOKENS, temperature=0.7, divergence=skewed,
+                     teacher=(TEACHER, teacher_params, TEACHER_STATES), chunk=chunk,
+                     slope=slope if known else None)
+    return objective(out), out
+  return jax.value_and_grad(value, (0, 1), has_aux=True)(params, states)
+
+
+def assert_gradients_close(one, other):
+  chex.assert_trees_all_close(jax.device_get(one[0]), jax.device_get(other[0]), rtol=1e-5)
+  for mine, expected in zip(one[1], other[1]):
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    chex.assert_trees_all_close(
+        jax.device_get(mine), jax.device_get(expected), atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize('chunk', [1, 2, 5])
+@pytest.mark.parametrize('tied', [True, False])
+def test_a_gradient_made_in_the_forward_pass_is_that_of_autodiff(tied, chunk):
+  config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+  params = draw(config, 1)
+  expected = gradients(config, params, STATES, TEACHER_PARAMS, T, False)
+  assert_gradients_close(
+      gradients(config, params, STATES, TEACHER_PARAMS, chunk, True), expected)
+
+
+def test_a_gradient_made_in_the_forward_pass_on_several_devices():
+  expected = gradients(CONFIG, PARAMS, STATES, TEACHER_PARAMS, 2, False)
+  mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2')
+  with sharding.use(mesh):
+    placed = (sharding.put(PARAMS, sharding.tree_sharding(mesh, PARAMS)),
+              sharding.put(STATES, sharding.batch(mesh)),
+              sharding.put(TEACHER_PARAMS, sharding.tree_sharding(mesh, TEACHER_PARAMS)))
+    assert_gradients_close(gradients(CONFIG, *placed, 2, True), expected)
+
+
+def products(config, *, known, of=(0, 1)):
+  """How many products with the head a compiled gradient of log-probs and their sum takes."""
+  slope = per_token.constant({'log_probs': jnp.asarray(WEIGHTS)}) if known else None
+  def value(params, states):
+    out = head.score(config, params, states, TOKENS, chunk=1, slope=slope)['log_probs']
+    return jnp.sum(WEIGHTS * out), out
+  gradient = jax.jit(jax.grad(value, of, has_aux=True))
+  text = gradient.lower(draw(config, 1), STATES).compile().as_text()
+  return len(re.findall(r' dot\(', text))
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_three_products_instead_of_four_and_two_where_the_head_is_frozen(tied):
+  config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+  assert products(config, known=False) == 4 and products(config, known=True) == 3
+  assert products(config, known=True, of=1) == 2

@@ -17,6 +17,7 @@ from ptjax import sharding
 from ptjax import types
 from ptjax.training import algorithm as binding
 from ptjax.training import forward as training_forward
+from ptjax.training import layout
 from ptjax.training import packing
 from ptjax.training import state as training_state
 from ptjax.training import step as training_step
@@ -176,8 +177,7 @@ def _outputs(config, params, batch):
   weights = jnp.cos(jnp.arange(P * G * T)).reshape(P * G, T) + 1.5
 
   def loss(params):
-    out = training_step.put_back(
-        forward(params, {}, training_step.rows_of(batch)), batch)
+    out = layout.put_back(forward(params, {}, layout.rows_of(batch)), batch)
     return jnp.sum(weights * out['log_probs'] + weights**2 * out['entropy'],
                    where=batch.loss_mask), out
   gradient, out = jax.grad(loss, has_aux=True)(params)
@@ -202,8 +202,12 @@ def test_packed_outputs_and_gradients_equal_those_of_plain_rows(config):
 # --- whole steps
 
 
-def take_step(batch, *, algo, critic=None, micro_batches=1, mesh=None, **hyperparameters):
-  """(metrics, parameters after a step of plain descent)."""
+def take_step(batch, *, algo, critic=None, micro_batches=1, mesh=None, by_autodiff=False,
+              **hyperparameters):
+  """(metrics, parameters after a step of plain descent).
+
+  With `by_autodiff` the head is not told the loss's derivative beforehand.
+  """
   bound = binding.bind(algorithms.get(algo), hyperparameters)
   params = jax.tree.map(jnp.asarray, tiny_models.params(LLAMA, critic=critic))
   optimizer, shardings = optax.sgd(1.0), None
@@ -211,8 +215,10 @@ def take_step(batch, *, algo, critic=None, micro_batches=1, mesh=None, **hyperpa
   if mesh is not None:
     shardings = training_state.shardings(mesh, params, optimizer)
     state = jax.device_put(state, shardings)
+  forward = training_forward.make_forward(
+      LLAMA, outputs=training_step.model_outputs(bound.loss))
   step = training_step.make_train_step(
-      training_forward.make_forward(LLAMA, outputs=training_step.model_outputs(bound.loss)),
+      (lambda params, frozen, rows: forward(params, frozen, rows)) if by_autodiff else forward,
       bound.loss, optimizer, micro_batches=micro_batches, mesh=mesh, state_sharding=shardings)
   state, metrics = step(state, training_step.place(batch, mesh))
   return sharding.fetch((metrics, state.params))
@@ -247,13 +253,13 @@ CASES = {
 def _plain_step(name):
   case = CASES[name]
   batch = make_batch(**case.get('inputs', dict)())
-  return batch, _step_of(name, batch)
+  return batch, _step_of(name, batch, by_autodiff=True)
 
 
-def _step_of(name, batch):
+def _step_of(name, batch, **options):
   case = CASES[name]
   return take_step(batch, algo=name.partition(' ')[0], critic=case.get('critic'),
-                   **case.get('hyperparameters', {}))
+                   **case.get('hyperparameters', {}), **options)
 
 
 def _assert_same_step(found, expected):
@@ -271,14 +277,22 @@ def test_a_packed_step_is_the_same_step(name):
       jax.tree.leaves(found[1]), jax.tree.leaves(before)))
 
 
+@pytest.mark.parametrize('name', ['grpo to its reference', 'ppo head', 'gspo'])
 @pytest.mark.parametrize('mesh', [None, 'data=2,fsdp=2,tensor=2'])
 @pytest.mark.parametrize('micro_batches', [1, 2])
-def test_micro_batches_and_devices_split_packed_rows(mesh, micro_batches):
-  batch, expected = _plain_step('gspo')
+def test_micro_batches_and_devices_split_packed_rows(name, mesh, micro_batches):
+  """Whichever way the gradient takes: of each token alone, that and a critic's, of sequences."""
+  batch, expected = _plain_step(name)
   mesh = None if mesh is None else sharding.make_mesh(mesh)
   packed = pack(batch, micro_batches * (1 if mesh is None else sharding.batch_size(mesh)))
-  _assert_same_step(
-      take_step(packed, algo='gspo', micro_batches=micro_batches, mesh=mesh), expected)
+  _assert_same_step(_step_of(name, packed, micro_batches=micro_batches, mesh=mesh), expected)
+
+
+@pytest.mark.parametrize('name', ['grpo to its reference', 'ppo head'])
+@pytest.mark.parametrize('micro_batches', [1, 2])
+def test_a_plain_step_whose_head_knows_the_slope_is_the_same_step(name, micro_batches):
+  batch, expected = _plain_step(name)
+  _assert_same_step(_step_of(name, batch, micro_batches=micro_batches), expected)
 
 
 @pytest.mark.parametrize('parts', [1, 2])

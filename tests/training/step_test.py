@@ -14,6 +14,7 @@ import pytest
 from ptjax import sharding
 from ptjax import types
 from ptjax.pieces import following
+from ptjax.training import layout
 from ptjax.training import state as training_state
 from ptjax.training import step as training_step
 
@@ -148,9 +149,9 @@ def test_gap_between_sampler_and_trainer_is_measured():
 
 def test_split_and_join_are_inverse():
   batch = make_batch()
-  parts = training_step.split(batch, 4)
+  parts = layout.split(batch, 4)
   chex.assert_shape(parts.tokens, (4, PROMPTS * GROUP // 4, LENGTH))
-  np.testing.assert_array_equal(training_step.join(parts.tokens, batch), batch.tokens)
+  np.testing.assert_array_equal(layout.join(parts.tokens, batch), batch.tokens)
   # A part's completions belong to its prompts.
   np.testing.assert_array_equal(parts.prompt_tokens[1], batch.prompt_tokens[1::4])
   np.testing.assert_array_equal(

@@ -65,13 +65,22 @@ def pull_back(gradients):
   Returns:
     [N] float64: policy, critic and reward head, one after the other.
   """
+  shapes, transpose = _transpose()
+  cotangents = {name: np.zeros(shape) for name, shape in shapes.items()}
+  for name, gradient in gradients.items():
+    name = 'head_rewards' if name == 'rewards' else name
+    cotangents[name] = np.asarray(gradient, float).reshape(shapes[name])
+  with jax.enable_x64(True):
+    return np.asarray(transpose(cotangents))
+
+
+@functools.lru_cache(None)
+def _transpose():
+  """The outputs' shapes, and the function from their cotangents to all parameters', flat."""
   with jax.enable_x64(True):
     now, transpose = jax.vjp(outputs, parameters())
-    cotangents = {name: jnp.zeros_like(x) for name, x in now.items()}
-    for name, gradient in gradients.items():
-      name = 'head_rewards' if name == 'rewards' else name
-      cotangents[name] = jnp.asarray(gradient, float).reshape(cotangents[name].shape)
-    return np.asarray(flatten_util.ravel_pytree(transpose(cotangents)[0])[0])
+  return ({name: x.shape for name, x in now.items()},
+          jax.jit(lambda cotangents: flatten_util.ravel_pytree(transpose(cotangents)[0])[0]))
 
 
 @functools.lru_cache(None)

@@ -24,7 +24,7 @@ def start_pair(argv):
   """Starts two processes of two devices each that make one run."""
   port = free_port()
   return [job_runs.start([*argv, f'--coordinator=localhost:{port}', '--num_processes=2',
-                          f'--process_id={rank}'], devices=2, optimize=False)
+                          f'--process_id={rank}'], devices=2)
           for rank in range(2)]
 
 
@@ -146,7 +146,7 @@ def test_two_processes_fail_resume_and_end_like_one(tmp_path, compile_cache):
   assert [p.name for p in (out_dir / 'checkpoints').iterdir()] == ['2']
   (tmp_path / 'down').unlink()
   outputs = [job_runs.finish(process) for process in start_pair(arguments('pair'))]
-  job_runs.finish(job_runs.start(arguments('alone'), devices=4, optimize=False))
+  job_runs.finish(job_runs.start(arguments('alone'), devices=4))
 
   # Process 0 speaks and writes; the other does neither.
   said = [[line for line in out.splitlines() if not line.startswith('[Gloo]')]

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -68,19 +69,19 @@ def launch_here(argv, devices=1):
     jax.config.update('jax_compilation_cache_dir', cache)
 
 
-def environment(devices=1, optimize=True):
-  """The variables of a process with some CPU devices; without `optimize` it compiles faster."""
-  flags = f'--xla_force_host_platform_device_count={devices}'
-  if not optimize:
-    flags += ' --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+def environment(devices=1):
+  """The variables of a process with some CPU devices, which compiles as this test session does."""
+  flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ['XLA_FLAGS'])
+  if devices > 1:  # one is what there is without the flag, and then a plan may ask for more
+    flags += f' --xla_force_host_platform_device_count={devices}'
   return {**os.environ, 'PYTHONPATH': str(REPOSITORY), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
 
 
-def start(argv, *, devices=1, optimize=True):
+def start(argv, *, devices=1):
   """Starts `python -m ptjax.launch` as a user does; returns the Popen, its output in pipes."""
   return subprocess.Popen(
       [sys.executable, '-m', 'ptjax.launch', *argv], stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE, text=True, env=environment(devices, optimize))
+      stderr=subprocess.PIPE, text=True, env=environment(devices))
 
 
 def finish(process, code=0, timeout=300):

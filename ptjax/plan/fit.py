@@ -8,6 +8,7 @@ import dataclasses
 
 ROOM = 0.92  # of a device's memory that a run may fill; the rest is the allocator's and driver's
 _TRIES = 3  # guesses compiled at most
+_FULL = 0.97  # of what may be filled: a rollout that takes so much is large enough
 KEPT = 'rollout, kept by the allocator'  # part of an update's memory, where a CPU runs it
 MOST = 64  # times the rollout asked for, past which nobody wants to know
 
@@ -102,6 +103,8 @@ def _largest_rollout(plan, estimate, measure, devices, limit):
 
   peak(2 * now)
   for _ in range(_TRIES):
+    if any(_FULL * limit <= held <= limit for held in known.values()):
+      break
     # The line through the two sizes nearest to the limit; its guess is compiled in its turn.
     nearest = sorted(known.items(), key=lambda item: abs(item[1] - limit))[:2]
     (small, low), (large, high) = sorted(nearest)

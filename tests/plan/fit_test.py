@@ -78,6 +78,28 @@ def test_on_a_cpu_rollout_and_update_lie_side_by_side():
     assert found.rollout == (16 if parts == 4 else 56)
 
 
+@pytest.mark.parametrize('bend, sizes', [(0.0, 2), (0.01, 2), (-0.05, 3)])
+def test_a_rollout_that_all_but_fills_the_memory_is_large_enough(bend, sizes):
+  """Memory that bends with size: no line predicts it, and yet few sizes are compiled."""
+  plan, tried = stage_plan(micro_batches=4), []
+  straight = memory_of(tried)
+
+  def measure(plan, parts):
+    estimate = straight(plan, parts)
+    if 'rollout' in parts:
+      times = plan.config.rollout.num_prompts / 16
+      estimate.phases['rollout']['KV cache'] *= times**-bend
+    return estimate
+  estimate = measure(plan, planner.PARTS)
+  tried.clear()
+  limit = 30 * GIB
+  found = plan_fit.fit(plan, estimate, measure, DEVICES, limit / plan_fit.ROOM / GIB)
+  held = measure(plan_fit.changed(plan, micro_batches=1, num_prompts=found.rollout),
+                 ('rollout',)).peak
+  assert 0.97 * limit <= held <= limit
+  assert len([1 for *_, parts in tried[:-1] if 'rollout' in parts]) == sizes
+
+
 def test_a_rollout_past_all_wishes_is_not_sought():
   found, _ = fit(stage_plan(), 10_000)
   assert found.rollout == plan_fit.MOST * 16

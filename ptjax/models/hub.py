@@ -105,6 +105,11 @@ def load_params(path_or_name, config, *, shardings=None, key=None):
 
 def param_shapes(config):
   """The parameter tree of `config` as `jax.ShapeDtypeStruct`s."""
+  return jax.tree.map(lambda leaf: leaf, _param_shapes(config))  # dicts of the caller's own
+
+
+@functools.lru_cache(maxsize=8)  # a run asks four times
+def _param_shapes(config):
   return jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
 
 

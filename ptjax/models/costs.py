@@ -45,29 +45,31 @@ def log_prob_flops(config, rows):
   return sum(_layers(config, rows)) + head_flops(config, rows.completions * rows.completion_tokens)
 
 
-def update_flops(config, rows, *, remat='none', micro_batches=1, adapters=0):
+def update_flops(config, rows, *, remat='none', micro_batches=1, adapters=0, per_token=False):
   """FLOPs of a batch's gradient.
 
   Args:
     config: TransformerConfig.
     rows: Rows of the whole batch.
     remat: as in `transformer.forward`.
-    micro_batches: from two on, outputs are computed beforehand, for the loss sees all of them.
+    micro_batches: from two on, outputs are computed beforehand where the loss must see all of them.
     adapters: weights of one layer's adapters, where only those train; 0: all weights train.
+    per_token: whether the loss's derivative by a token's outputs needs no other token's.
   """
   weights, attention = _layers(config, rows)
   head = head_flops(config, rows.completions * rows.completion_tokens)
   every, down = layer_weights(config)
   beside = weights * adapters / every
   # Backward is twice forward: once for activations, once for weights if they train. The head
-  # recomputes its logits chunk by chunk.
-  frozen = adapters > 0
-  total = (2 if frozen else 3) * weights + 3 * beside + 3 * attention + (3 if frozen else 4) * head
+  # recomputes its logits chunk by chunk, but where it knows beforehand what comes back.
+  passes = 2 if adapters else 3
+  recomputed = 0 if per_token or micro_batches > 1 else head
+  total = passes * (weights + head) + recomputed + 3 * beside + 3 * attention
   if remat in ('dots', 'full'):
     total += attention
   if remat == 'full':
     total += weights * (every - down) / every + beside  # a layer's output is not recomputed
-  if micro_batches > 1:
+  if micro_batches > 1 and not per_token:
     total += log_prob_flops(config, rows) + beside
   return total
 

@@ -293,14 +293,16 @@ class _Found:
     gradients = min(dry_run.bytes_per_device(made.shapes('policy')), update.temporaries)
     self.phases['update'] = {'gradients': gradients,
                              'activations': update.temporaries - gradients + update.outputs}
-    # Forward and twice that backward read the weights, in several parts a further forward pass;
-    # the optimizer reads and writes them, their gradient and its own state.
-    passes = 3 * options.micro_batches + options.micro_batches * (options.micro_batches > 1)
+    # Forward and twice that backward read the weights, in several parts of a loss that looks at the
+    # whole batch a further forward pass; the optimizer reads and writes them, their gradient and
+    # its own state.
+    per_token = _per_token(self._plan, self._widest.batch)
+    passes = options.micro_batches * (4 if options.micro_batches > 1 and not per_token else 3)
     state = made.targets()
     moved = passes * self._weights(self._model('policy')) + 2 * (
         dry_run.bytes_per_device((state.params, state.opt_state)) + gradients)
-    self.work.append(Work('update', _update_flops(self._plan, self._policies, self._widest), moved,
-                          update.received, update.near))
+    flops = _update_flops(self._plan, self._policies, self._widest, per_token)
+    self.work.append(Work('update', flops, moved, update.received, update.near))
 
 
 def _resident(made, widest, mesh):
@@ -323,18 +325,32 @@ def _resident(made, widest, mesh):
   return held
 
 
-def _update_flops(plan, policies, widest):
+def _per_token(plan, batch):
+  """Whether the update makes its gradient in one pass, each token's as soon as it is scored."""
+  loss, parts = plan.bind().loss, plan.config.training.micro_batches
+  if parts > 1 and training_step.model_outputs(loss) != training_step.outputs_of_head(loss):
+    return False  # a critic's values are wanted first
+  found, seen = [], jax.ShapeDtypeStruct(batch.loss_mask.shape, jnp.float32)
+  batch = batch.replace(inputs={'reference_log_probs': seen, **batch.inputs})  # of one that follows
+  state, key = training_step.initial_loss_state(loss), jax.random.key(0)
+  jax.eval_shape(lambda batch: found.append(
+      training_step.head_slope(loss, batch, loss_state=state, key=key)), batch)
+  return found[0] is not None
+
+
+def _update_flops(plan, policies, widest, per_token):
   """FLOPs of an optimizer step, of all that takes part."""
   model, config = policies['policy'].config, plan.config
   rows = dry_batch.rows_of(widest.batch)
-  options = {'remat': config.model_settings.remat, 'micro_batches': config.training.micro_batches}
+  options = {'remat': config.model_settings.remat, 'micro_batches': config.training.micro_batches,
+             'per_token': per_token}
   flops = costs.update_flops(model, rows, adapters=_adapters(plan, model), **options)
   outputs = training_step.model_outputs(plan.bind().loss)
   if 'values' in outputs and config.critic == 'model':
     flops += costs.update_flops(dataclasses.replace(model, num_labels=1), rows, **options)
   if 'divergence' in outputs:
     flops += costs.log_prob_flops(policies['teacher'].config, rows) * (
-        1 + (config.training.micro_batches > 1))
+        1 + (config.training.micro_batches > 1 and not per_token))
   return flops
 
 

@@ -141,6 +141,33 @@ def call(loss, outputs, batch, *, loss_state=None, key=None):
   return result if len(result) == 3 else (*result, loss_state)
 
 
+def outputs_of_head(loss):
+  """The model outputs a loss differentiates that come of the language head."""
+  return tuple(name for name in model_outputs(loss) if name in head.DIFFERENTIABLE)
+
+
+def head_slope(loss, batch, *, loss_state=None, key=None):
+  """The loss's derivative by the head's outputs where each token's needs no other token, else None.
+
+  Args:
+    loss, batch, loss_state, key: as for `call`.
+  Returns:
+    A per_token.PerToken in the order of the rows that the forward pass runs on, or None.
+  """
+  attached, by_head = model_outputs(loss), outputs_of_head(loss)
+  if not by_head or not set(attached) <= {*by_head, 'values'}:
+    return None
+  def derivative(values):
+    def value(own):
+      return call(loss, {**values, **own}, with_old_log_probs(batch, values),
+                  loss_state=loss_state, key=key)[0]
+    return jax.grad(value)({name: values[name] for name in by_head})
+  shape = jax.ShapeDtypeStruct(batch.loss_mask.shape, jnp.float32)
+  found = per_token.split(
+      derivative, dict.fromkeys(attached, shape), mixed=set(attached) - set(by_head))
+  return found and layout.of_rows(found, batch)
+
+
 def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1, seed=0,
                     follow=None, mesh=None, state_sharding=None):
   """Returns a compiled `(state, batch, frozen={}) -> (state, metrics)`; `state` is donated.
@@ -163,7 +190,7 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
     counts in `state.bad_steps`.
   """
   attached = model_outputs(loss)
-  by_head = tuple(name for name in attached if name in head.DIFFERENTIABLE)
+  by_head = outputs_of_head(loss)
   draws = 'key' in inspect.signature(loss).parameters
   takes_slope = 'slope' in inspect.signature(forward).parameters
 
@@ -176,18 +203,6 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
         loss, {**outputs, **attached_values}, batch, loss_state=loss_state, key=key)
     return value, (metrics, loss_state)
 
-  def slope_of(batch, loss_state, key):
-    """The loss's derivative by the head's outputs, where each token's needs no other token."""
-    if not (takes_slope and by_head and set(attached) <= {*by_head, 'values'}):
-      return None
-    def derivative(values):
-      return jax.grad(lambda own: whole_loss(
-          {**values, **own}, values, batch, loss_state, key)[0])({n: values[n] for n in by_head})
-    shape = jax.ShapeDtypeStruct(batch.loss_mask.shape, jnp.float32)
-    found = per_token.split(
-        derivative, dict.fromkeys(attached, shape), mixed=set(attached) - set(by_head))
-    return found and layout.of_rows(found, batch)
-
   def joined(outputs, batch):
     laid = layout.rows_of(batch)
     return layout.put_back(jax.tree.map(lambda x: layout.join(x, laid), outputs), batch)
@@ -198,7 +213,9 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
     return joined(outputs, batch)
 
   def gradients(params, frozen, batch, loss_state, key):
-    laid, slope = layout.rows_of(batch), slope_of(batch, loss_state, key)
+    laid, slope = layout.rows_of(batch), None
+    if takes_slope:
+      slope = head_slope(loss, batch, loss_state=loss_state, key=key)
     if micro_batches == 1:
       def objective(params):
         outputs = layout.put_back(run(params, frozen, laid, slope), batch)

@@ -12,11 +12,13 @@ from ptjax import config as settings
 from ptjax.models import attention
 from ptjax.models import cache
 from ptjax.models import costs
+from ptjax.models import head
 from ptjax.models import hub
 from ptjax.models import lora
 from ptjax.models import policy
 from ptjax.models import presets
 from ptjax.models import transformer
+from ptjax.training import per_token
 
 ROWS = costs.Rows(prompts=2, prompt_tokens=32, group_size=4, completion_tokens=48)
 LONG = costs.Rows(prompts=1, prompt_tokens=300, group_size=2, completion_tokens=200)  # some blocks
@@ -40,10 +42,10 @@ def split_shapes(config):
   return jax.eval_shape(transformer.split_layers, hub.param_shapes(config))
 
 
-def log_probs(config, remat, params, *batch):
+def log_probs(config, remat, params, *batch, slope=None):
   *arrays, packing = batch
-  out = policy.log_probs(
-      config, params, *arrays, packing=packing, remat=remat, chunk=arrays[-1].shape[1])
+  states = policy.hidden(config, params, *arrays, packing=packing, remat=remat)
+  out = head.score(config, params, states, arrays[-1], chunk=arrays[-1].shape[1], slope=slope)
   return out['log_probs'], out['entropy']
 
 
@@ -102,9 +104,25 @@ def test_update_flops_of_adapters(remat):
   assert expected < 0.85 * costs.update_flops(config, ROWS, remat=remat)
 
 
-def test_several_micro_batches_cost_one_forward_pass_more():
+def test_update_flops_where_the_head_knows_what_comes_back():
+  slope = per_token.constant({'log_probs': jnp.ones((ROWS.completions, ROWS.completion_tokens))})
+  def loss(params, *batch):
+    scores, entropy = log_probs(CONFIG, 'dots', params, *batch, slope=slope)
+    return scores.sum(), entropy
+  found = counted(jax.value_and_grad(loss, has_aux=True), split_shapes(CONFIG), *batch_shapes())
+  expected = costs.update_flops(CONFIG, ROWS, remat='dots', per_token=True)
+  assert expected == pytest.approx(found, rel=TOLERANCE)
+  saved = costs.head_flops(CONFIG, ROWS.completions * ROWS.completion_tokens)
+  assert costs.update_flops(CONFIG, ROWS, remat='dots') - expected == saved
+
+
+def test_micro_batches_of_a_loss_that_looks_at_all_of_them_cost_one_forward_pass_more():
+  # In the second one the head knows what comes back.
   one, four = (costs.update_flops(CONFIG, ROWS, micro_batches=n) for n in (1, 4))
-  assert four - one == costs.log_prob_flops(CONFIG, ROWS)
+  head_once = costs.head_flops(CONFIG, ROWS.completions * ROWS.completion_tokens)
+  assert four - one == costs.log_prob_flops(CONFIG, ROWS) - head_once
+  one, four = (costs.update_flops(CONFIG, ROWS, micro_batches=n, per_token=True) for n in (1, 4))
+  assert four == one
 
 
 def test_prefill_flops():

@@ -304,19 +304,20 @@ def make_forward(plan, policies, *, role='policy'):
   """Returns `forward(params, frozen, batch) -> outputs` of a stage.
 
   Args:
-    plan: stages.StagePlan.
+    plan: stages.StagePlan; where remat is left open (see remat.settled) it is `dots`.
     policies: role -> Policy.
     role: 'policy' for what trains, with all outputs its loss reads; 'reference' or 'teacher' for
       the log-probs of a whole, frozen model.
   """
   config, bound = plan.config, plan.bind()
+  remat = config.model_settings.remat
   if role != 'policy':
     model = policies['policy' if role == 'reference' else role].config
     return training_forward.make_forward(model, temperature=plan.temperature)
   teacher = policies.get('teacher')
   return training_forward.make_forward(
       policies['policy'].config, outputs=training_step.model_outputs(bound.loss),
-      temperature=plan.temperature, remat=config.model_settings.remat,
+      temperature=plan.temperature, remat='dots' if remat == 'auto' else remat,
       lora_scale=config.lora.scale if config.lora.rank else None,
       teacher=None if teacher is None else teacher.config, divergence=bound.divergence)
 

@@ -34,14 +34,15 @@ class ModelSettings:
   """How the policy computes."""
   dtype: str = 'float32'  # of activations and matrix products: float32 or bfloat16
   param_dtype: str = 'float32'  # of the stored weights and the optimizer's moments
-  # What the backward pass recomputes: none, dots (all but products of weights) or full.
-  remat: str = 'dots'
+  # What the backward pass recomputes: none, dots (all but products of weights), full, or auto: dots
+  # where what that keeps fits into the device's memory, else full.
+  remat: str = 'auto'
   attention: str = 'auto'  # auto (cuDNN's kernel on GPUs where it can), xla or cudnn
 
   def __post_init__(self):
     _choice('model_settings.dtype', self.dtype, ('float32', 'bfloat16'))
     _choice('model_settings.param_dtype', self.param_dtype, ('float32', 'bfloat16'))
-    _choice('model_settings.remat', self.remat, ('none', 'dots', 'full'))
+    _choice('model_settings.remat', self.remat, ('auto', 'none', 'dots', 'full'))
     _choice('model_settings.attention', self.attention, ('auto', 'xla', 'cudnn'))
 
 

@@ -14,6 +14,7 @@ from ptjax import asking
 from ptjax import assembly
 from ptjax import config as settings
 from ptjax import doors
+from ptjax import remat
 from ptjax import sharding
 from ptjax import stage_run
 from ptjax import stages
@@ -148,6 +149,7 @@ class _Run:
     return self._stage_run(self._plans[metadata['stage']]).targets()
 
   def _stage_run(self, plan):
+    plan = remat.settled(plan, self._policies, self._data.doors[plan.stage.index], self._mesh)
     return stage_run.StageRun(plan, self._policies, self._data, self._mesh, self._folder.path)
 
   def _stage(self, plan, params, restored, interrupt):

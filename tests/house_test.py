@@ -18,7 +18,7 @@ FLOORS = {
     'training': 4, 'evaluation': 4,
     'algorithm_table': 5, 'asking': 5, 'assembly': 5, 'doors': 5, 'experiment': 5, 'gpu': 5,
     'inspect': 5, 'job': 5, 'launch': 5, 'learned': 5, 'overrides': 5, 'plan': 5, 'reference': 5,
-    'stage_run': 5, 'stages': 5,
+    'remat': 5, 'stage_run': 5, 'stages': 5,
 }
 HOMES = {  # outside package -> where it may be imported
     'absl.flags': ('launch',),

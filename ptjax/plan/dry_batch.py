@@ -17,6 +17,7 @@ import numpy as np
 from ptjax import doors
 from ptjax import keys
 from ptjax import reference
+from ptjax import remat
 from ptjax import sharding
 from ptjax import stage_run
 from ptjax import stages
@@ -52,7 +53,7 @@ class Widest:
   batches: int = 1
 
 
-def make(plan, policies, mesh, rows):
+def make(plan, policies, mesh, rows, *, memory=None):
   """Makes the widest batch of a stage.
 
   Args:
@@ -61,6 +62,7 @@ def make(plan, policies, mesh, rows):
     mesh: the mesh.
     rows: sources.Rows that the stage trains on, as `doors.training_rows` gives them; None: filler,
       where they cannot be read.
+    memory: see `remat.settled`.
   Returns:
     (stage_run.StageRun, Widest).
   Raises:
@@ -76,6 +78,7 @@ def make(plan, policies, mesh, rows):
     data = dataclasses.replace(plan.config.data, overlong='truncate')
     filled = dataclasses.replace(plan, config=dataclasses.replace(plan.config, data=data))
     door = doors.load_door(filled, policies['policy'], _filler(plan), parts=parts)
+  plan = remat.settled(plan, policies, door, mesh, memory=memory)
   made = stage_run.StageRun(
       plan, policies, doors.Data({plan.stage.index: door}, {}, None, None), mesh, pathlib.Path())
   if plan.online:

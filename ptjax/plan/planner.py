@@ -80,6 +80,7 @@ class StageEstimate:
   phases: dict  # phase -> {part -> bytes}, each there while the phase lasts
   work: tuple  # Work
   programs: dict  # name -> dry_run.Program
+  remat: str = ''  # what the update recomputes, and whether that was left to us
   may_pack: bool = False  # whether shorter completions than those planned may share rows
 
   @property
@@ -192,20 +193,24 @@ def stage(plan, policies, mesh, rows, parts=PARTS):
     rows: see `dry_batch.make`.
     parts: which of PARTS.
   """
+  model = policies['policy'].config
   compiled = {role: dataclasses.replace(policy, config=dry_run.compiled_dtype(policy.config, mesh))
               for role, policy in policies.items()}
-  made, widest = dry_batch.make(plan, compiled, mesh, rows)
-  found = _Found(plan, policies, mesh, made, widest)
+  made, widest = dry_batch.make(
+      plan, compiled, mesh, rows, memory=device_rates.memory(plan.config.plan, model, mesh))
+  found = _Found(made.plan, policies, mesh, made, widest)
   if 'rollout' in parts:
     found.add_rollouts()
   if 'passes' in parts:
     found.add_passes()
   if 'update' in parts:
     found.add_update()
-  if device_rates.is_this_machine(plan.config.plan, policies['policy'].config, mesh):
+  if device_rates.is_this_machine(plan.config.plan, model, mesh):
     found.add_process()
   return StageEstimate(plan.stage.name, widest.rows, found.resident, found.phases,
                        tuple(found.work), found.programs,
+                       remat=made.plan.config.model_settings.remat
+                       + ' (auto)' * (plan.config.model_settings.remat == 'auto'),
                        may_pack=plan.online and plan.packs_completions)
 
 

@@ -39,6 +39,15 @@ def is_this_machine(options, model, mesh):
           and model.dtype == 'float32')
 
 
+def memory(options, model, mesh):
+  """GiB of the device that a plan is for, None where not known; see `assumed` for the arguments."""
+  if options.memory_gib is not None:
+    return options.memory_gib
+  if is_this_machine(options, model, mesh):
+    return _machine_memory()
+  return DEVICES[_name(options, mesh)][-1]
+
+
 def assumed(options, model, mesh):
   """The rates that seconds are reckoned with.
 
@@ -49,7 +58,6 @@ def assumed(options, model, mesh):
   Raises:
     UserError: a device without a data sheet.
   """
-  device = mesh.devices.flat[0]
   if options.device is not None and options.device not in DEVICES:
     raise settings.UserError(f'plan.device={options.device}: no data sheet'
                              + settings.near_names(options.device, DEVICES))
@@ -60,8 +68,7 @@ def assumed(options, model, mesh):
   if is_this_machine(options, model, mesh):
     found, share = measured(), 1.0  # as measured, nothing taken off
   else:
-    found = _data_sheet(options.device or next(
-        (name for name in DEVICES if name in device.device_kind), 'H100'), model, mesh)
+    found = _data_sheet(_name(options, mesh), model, mesh)
     share = options.efficiency
   units = {'flops': 1e12, 'bytes': 1e9, 'link': 1e9, 'network': 1e9}
   rates = {name: options.efficiency * given[name] * units[name] if name in given
@@ -70,15 +77,19 @@ def assumed(options, model, mesh):
   if given:
     name = f'{options.efficiency:.0%} of the peaks given' + (
         '' if len(given) == len(units) else f', else {name}')
-  memory = found.memory if options.memory_gib is None else options.memory_gib
-  return Rates(name, **rates, memory=memory)
+  return Rates(name, **rates, memory=memory(options, model, mesh))
+
+
+def _name(options, mesh):
+  kind = mesh.devices.flat[0].device_kind
+  return options.device or next((name for name in DEVICES if name in kind), 'H100')
 
 
 def _data_sheet(name, model, mesh):
-  half, single, memory, link, size = DEVICES[name]
+  half, single, moved, link, _ = DEVICES[name]
   several = mesh.size > PER_NODE
   return Rates(f'the data sheet of {name}' + ', 400 Gbit/s each between nodes' * several,
-               half if model.dtype == 'bfloat16' else single, memory, link, _NETWORK, size)
+               half if model.dtype == 'bfloat16' else single, moved, link, _NETWORK)
 
 
 def measured():
@@ -95,10 +106,9 @@ def measured():
       times.append((time.perf_counter() - started) / turns)
     return min(times)
   matrix, vector = jnp.ones((1024, 1024), jnp.float32), jnp.ones(1 << 23, jnp.float32)
-  memory = 2 * vector.nbytes / best(lambda x: x + 1, vector)
+  moved = 2 * vector.nbytes / best(lambda x: x + 1, vector)
   return Rates('products and copies measured here now',
-               2 * 1024**3 / best(lambda x: x @ matrix / 1024, matrix), memory, memory, memory,
-               _machine_memory())
+               2 * 1024**3 / best(lambda x: x @ matrix / 1024, matrix), moved, moved, moved)
 
 
 def _machine_memory():

@@ -62,6 +62,8 @@ def _stage_lines(stage, mesh, rates):
   else:
     yield (f'stage {stage.name}: {rows.prompts} prompts x {rows.group_size}, up to '
            f'{rows.prompt_tokens} + {rows.completion_tokens} tokens')
+  if stage.remat:
+    yield f'  remat: {stage.remat}'
   if stage.may_pack:
     yield ('  every completion at full length, in a row of its own; shorter ones share rows where '
            'that makes an update cheaper, and then it holds less')

@@ -62,10 +62,12 @@ def test_a_micro_batch_of_packed_rows_is_counted_in_what_batch_size_counts(algo,
 @pytest.mark.parametrize('may_pack', [True, False])
 def test_a_stage_that_may_pack_its_completions_says_so(may_pack):
   stage = planner.StageEstimate('grpo', costs.Rows(8, 16, 2, 8), {'parameters': 2**30},
-                                {'update': {'activations': 2**30}}, (), {}, may_pack)
+                                {'update': {'activations': 2**30}}, (), {},
+                                remat='dots (auto)', may_pack=may_pack)
   mesh = sharding.make_mesh('fsdp=1', jax.devices()[:1])
   text = '\n'.join(plan_text._stage_lines(stage, mesh, RATES))
   assert ('shorter ones share rows' in text) == may_pack
+  assert '  remat: dots (auto)\n' in text
 
 
 def test_nothing_is_said_of_an_unknown_memory():

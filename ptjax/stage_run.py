@@ -17,6 +17,7 @@ from ptjax.models import hub
 from ptjax.rollout import sampler
 from ptjax.training import experience
 from ptjax.training import held_out
+from ptjax.training import layout
 from ptjax.training import offline
 from ptjax.training import online
 from ptjax.training import optimizer as optimizers
@@ -25,6 +26,7 @@ from ptjax.training import recipes
 from ptjax.training import state as training_state
 from ptjax.training import step as training_step
 from ptjax.training import trained
+
 
 class StageRun:
   """What a stage trains with.
@@ -35,10 +37,11 @@ class StageRun:
     data: doors.Data.
     mesh: the mesh.
     folder: pathlib.Path of the run.
+    here: whether the update is for the machine that compiles it.
   """
 
-  def __init__(self, plan, policies, data, mesh, folder):
-    self.plan = plan
+  def __init__(self, plan, policies, data, mesh, folder, *, here=True):
+    self.plan, self._here = plan, here
     self._config = plan.config
     self._policies, self._policy = policies, policies['policy']
     self._data, self._mesh = data, mesh
@@ -225,10 +228,12 @@ class StageRun:
 
   def update(self):
     """Returns the compiled `(state, batch, frozen) -> (state, metrics)`."""
+    small = self._here and self._mesh.size == 1 and jax.default_backend() == 'cpu'
     return training_step.make_train_step(
         self._forward, self.bound.loss, self._optimizer, schedule=self._schedule,
         seed=self._config.seed, follow=self.bound.follow, mesh=self._mesh,
-        state_sharding=self._shardings, micro_batches=self._config.training.micro_batches)
+        state_sharding=self._shardings, micro_batches=self._config.training.micro_batches,
+        part_tokens=layout.CPU_PART_TOKENS if small else None)
 
   def source(self):
     """Returns where the stage's batches come from."""

@@ -157,7 +157,7 @@ def model_of(shape, **changes):
   return presets.get('tiny', **{**shape.model_fields(), **changes})
 
 
-def update_arm(name, shape, batch, *, remat=None):
+def update_arm(name, shape, batch, *, remat='dots'):
   """The launcher's train step of GRPO, on one batch."""
   import jax
 
@@ -177,8 +177,9 @@ def update_arm(name, shape, batch, *, remat=None):
       settings.OptimizerSettings(learning_rate=shape.learning_rate), 1, params)
   step = training_step.make_train_step(
       training_forward.make_forward(model, outputs=training_step.model_outputs(bound.loss),
-                                    remat=remat or settings.ModelSettings().remat),
-      bound.loss, optimizer, schedule=schedule)
+                                    remat=remat),
+      bound.loss, optimizer, schedule=schedule,
+      part_tokens=layout.CPU_PART_TOKENS if jax.default_backend() == 'cpu' else None)
   placed = training_step.place(batch, None)
   rows = layout.rows_of(batch)
   here = [training_state.init(params, optimizer)]

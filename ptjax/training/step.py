@@ -169,7 +169,7 @@ def head_slope(loss, batch, *, loss_state=None, key=None):
 
 
 def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1, seed=0,
-                    follow=None, mesh=None, state_sharding=None):
+                    part_tokens=None, follow=None, mesh=None, state_sharding=None):
   """Returns a compiled `(state, batch, frozen={}) -> (state, metrics)`; `state` is donated.
 
   Args:
@@ -181,6 +181,8 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
     micro_batches: into how many parts the batch is split along prompts, or its packed rows along
       those; the gradient does not depend on it.
     seed: of the keys of losses that draw.
+    part_tokens: where parts cost nothing, as the loss is one of single tokens, into how many tokens
+      a part the batch is split further, if its rows come out even; None: no further.
     follow: `follow(reference, params, step) -> reference` where `state.reference` moves; its
       log-probs are then computed anew in each step.
     mesh, state_sharding: where the state lies; batches are split over data and fsdp. Both None
@@ -216,7 +218,10 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
     laid, slope = layout.rows_of(batch), None
     if takes_slope:
       slope = head_slope(loss, batch, loss_state=loss_state, key=key)
-    if micro_batches == 1:
+    in_one_pass, parts = slope is not None and attached == by_head, micro_batches
+    if in_one_pass and part_tokens is not None:
+      parts = layout.even_parts(laid, micro_batches, part_tokens)
+    if parts == 1:
       def objective(params):
         outputs = layout.put_back(run(params, frozen, laid, slope), batch)
         value, aux = whole_loss({}, outputs, batch, loss_state, key)
@@ -225,7 +230,7 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
           objective, has_aux=True)(params)
       return value, metrics, loss_state, outputs, grads
 
-    names, in_one_pass = by_head, slope is not None and attached == by_head
+    names = by_head
     if not in_one_pass:
       outputs = in_parts(params, frozen, batch)
       (value, (metrics, loss_state)), cotangents = jax.value_and_grad(whole_loss, has_aux=True)(
@@ -241,9 +246,9 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
       values, pull_back, outputs = jax.vjp(outputs_of, params, has_aux=True)
       grads = jax.tree.map(jnp.add, grads, pull_back(slope_here(values))[0])
       return grads, outputs if in_one_pass else None
-    arrays = layout.split_arrays(slope.arrays, micro_batches, laid.prompt_lengths.shape[0])
+    arrays = layout.split_arrays(slope.arrays, parts, laid.prompt_lengths.shape[0])
     grads, of_parts = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params),
-                                   (layout.split(laid, micro_batches), arrays))
+                                   (layout.split(laid, parts), arrays))
     if in_one_pass:
       outputs = joined(of_parts, batch)
       value, (metrics, loss_state) = whole_loss({}, outputs, batch, loss_state, key)

@@ -203,7 +203,7 @@ def test_packed_outputs_and_gradients_equal_those_of_plain_rows(config):
 
 
 def take_step(batch, *, algo, critic=None, micro_batches=1, mesh=None, by_autodiff=False,
-              **hyperparameters):
+              part_tokens=None, **hyperparameters):
   """(metrics, parameters after a step of plain descent).
 
   With `by_autodiff` the head is not told the loss's derivative beforehand.
@@ -219,7 +219,8 @@ def take_step(batch, *, algo, critic=None, micro_batches=1, mesh=None, by_autodi
       LLAMA, outputs=training_step.model_outputs(bound.loss))
   step = training_step.make_train_step(
       (lambda params, frozen, rows: forward(params, frozen, rows)) if by_autodiff else forward,
-      bound.loss, optimizer, micro_batches=micro_batches, mesh=mesh, state_sharding=shardings)
+      bound.loss, optimizer, micro_batches=micro_batches, mesh=mesh, state_sharding=shardings,
+      part_tokens=part_tokens)
   state, metrics = step(state, training_step.place(batch, mesh))
   return sharding.fetch((metrics, state.params))
 
@@ -303,3 +304,19 @@ def test_a_scoring_pass_gives_one_row_per_completion(parts):
   np.testing.assert_allclose(np.asarray(packed)[batch.loss_mask],
                              np.asarray(plain)[batch.loss_mask], rtol=1e-6, atol=1e-5)
   assert packed.shape == batch.tokens.shape and (packed[~batch.loss_mask] == 0.0).all()
+
+
+@pytest.mark.parametrize('name', ['grpo to its reference', 'gspo'])
+@pytest.mark.parametrize('packed', [False, True])
+def test_parts_of_few_tokens_change_nothing(name, packed):
+  batch, expected = _plain_step(name)
+  batch = pack(batch, 2) if packed else batch
+  assert layout.even_parts(layout.rows_of(batch), 1, 16) > 1
+  _assert_same_step(_step_of(name, batch, part_tokens=16), expected)
+
+
+def test_parts_are_even_and_no_smaller_than_asked_for():
+  batch = make_batch()  # four prompts of 5 + 4 * 12 tokens
+  assert layout.even_parts(batch, 1, 53) == 4 and layout.even_parts(batch, 1, 54) == 2
+  assert layout.even_parts(batch, 1, 1000) == 1 and layout.even_parts(batch, 2, 1000) == 2
+  assert layout.even_parts(pack(batch).packed.rows, 1, 1) == len(pack(batch).packed.rows.tokens)

@@ -18,6 +18,8 @@ _ELEMENTWISE = frozenset("""
     copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
     is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow rem round
     rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split())
+# What says where an array lies, and leaves it as it is.
+_PLACEMENTS = frozenset({'reshard', 'sharding_constraint', 'pvary'})
 # Calls, to be looked into: the name of the parameter that holds the program.
 _CALLS = {'jit': 'jaxpr', 'pjit': 'jaxpr', 'closed_call': 'call_jaxpr', 'remat2': 'jaxpr',
           'checkpoint': 'jaxpr', 'custom_jvp_call': 'call_jaxpr', 'custom_vjp_call': 'call_jaxpr'}
@@ -101,6 +103,8 @@ class _Program:
       inner = eqn.params[_CALLS[name]]
       jaxpr, consts = (inner.jaxpr, inner.consts) if hasattr(inner, 'consts') else (inner, ())
       return self.run(jaxpr, consts, args)
+    if name in _PLACEMENTS:
+      return args[:1]
     if all(isinstance(x, _Known) for x in args):
       results = eqn.primitive.bind(*(x.value for x in args), **eqn.params)
       if name == 'broadcast_in_dim' and not jnp.ndim(args[0].value):

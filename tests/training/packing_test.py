@@ -278,6 +278,19 @@ def test_a_packed_step_is_the_same_step(name):
       jax.tree.leaves(found[1]), jax.tree.leaves(before)))
 
 
+@pytest.mark.parametrize('mesh', [None, '', 'data=2,fsdp=2,tensor=2'])
+@pytest.mark.parametrize('name, known', [
+    ('grpo to its reference', True), ('ppo head', True), ('gspo', False)])
+def test_what_the_head_is_told_on_any_mesh(name, known, mesh, monkeypatch):
+  told, of = [], training_step.head_slope
+  monkeypatch.setattr(training_step, 'head_slope',
+                      lambda *args, **rest: told.append(of(*args, **rest)) or told[-1])
+  mesh = mesh if mesh is None else sharding.make_mesh(mesh, jax.devices()[:1 if not mesh else 8])
+  batch, _ = _plain_step(name)
+  _step_of(name, pack(batch, 4), mesh=mesh)
+  assert [slope is not None for slope in told] == [known]
+
+
 @pytest.mark.parametrize('name', ['grpo to its reference', 'ppo head', 'gspo'])
 @pytest.mark.parametrize('mesh', [None, 'data=2,fsdp=2,tensor=2'])
 @pytest.mark.parametrize('micro_batches', [1, 2])

@@ -86,17 +86,15 @@ def keep_freed_memory():
   faults (measured on the default job: a fifth of all CPU time, and up to half of the wall time).
   What the compiler frees lies scattered, so the temporaries do not fit into it (measured on the
   same job: 250 MiB of 1,170 at the peak, which giving it back between compiling and running
-  saves). And it gives all threads one heap: what others keep in theirs can neither be used nor be
-  given back (measured on a model of 27 M parameters: 2,767 MiB at the peak with a heap for each
-  thread, 2,561 with one, in the same CPU time). Does nothing where the C library has no `mallopt`.
+  saves). One heap for all threads (M_ARENA_MAX) would save a tenth more, and make steps a tenth and
+  compilations a third slower. Does nothing where the C library has no `mallopt`.
   """
-  mmap_threshold, trim_threshold, top_pad, arena_max = -3, -1, -2, -8
+  mmap_threshold, trim_threshold, top_pad = -3, -1, -2
   with contextlib.suppress(OSError, AttributeError):
     libc = ctypes.CDLL(None)
     libc.mallopt(mmap_threshold, 10**9)
     libc.mallopt(trim_threshold, 2**31 - 1)
     libc.mallopt(top_pad, 2**26)
-    libc.mallopt(arena_max, 1)
 
     def compiled(event, seconds, **_):
       if event == '/jax/core/compile/backend_compile_duration' and seconds > 0.5:

@@ -1,4 +1,7 @@
-"""The planned memory of an update, and of a run, against what the system sees the process take."""
+"""The planned memory of an update, and of a run, against what the system sees the process take.
+
+Of GSPO, whose update is in one piece on a CPU too, so that there is something to see.
+"""
 
 import os
 import pathlib
@@ -17,8 +20,8 @@ from ptjax import assembly, config, overrides, sharding, stages
 from ptjax.plan import dry_batch, dry_run, planner
 
 settings = config.Config(mesh='fsdp=1')
-for assignment in ('rollout.num_prompts=32', 'rollout.group_size=8', 'data.packing=false',
-                   'rollout.max_completion_tokens=48', 'data.max_prompt_tokens=16'):
+for assignment in ('algo=gspo', 'rollout.num_prompts=32', 'rollout.group_size=8',
+                   'data.packing=false', 'rollout.max_completion_tokens=48', 'data.max_prompt_tokens=16'):
   settings = overrides.override(settings, assignment)
 mesh = sharding.make_mesh('fsdp=1', jax.devices()[:1])
 plan, = stages.stage_plans(settings)
@@ -55,7 +58,7 @@ from ptjax.plan import planner
 
 settings = config.Config()
 for assignment in (
-    'warm_start.steps=0', 'training.steps=2', 'rollout.num_prompts=128', 'rollout.group_size=16',
+    'algo=gspo', 'warm_start.steps=0', 'training.steps=2', 'rollout.num_prompts=128', 'rollout.group_size=16',
     'data.packing=false', 'rollout.max_completion_tokens=16', 'data.max_prompt_tokens=16',
     'eval.limit=8', 'log.report=false', 'log.tensorboard=false', f'out_dir={sys.argv[1]}/run',
     'log.compile_cache=none'):

@@ -21,7 +21,8 @@ from ptjax.plan import dry_batch, dry_run, planner
 
 settings = config.Config(mesh='fsdp=1')
 for assignment in ('algo=gspo', 'rollout.num_prompts=32', 'rollout.group_size=8',
-                   'data.packing=false', 'rollout.max_completion_tokens=48', 'data.max_prompt_tokens=16'):
+                   'data.packing=false', 'rollout.max_completion_tokens=48',
+                   'data.max_prompt_tokens=16'):
   settings = overrides.override(settings, assignment)
 mesh = sharding.make_mesh('fsdp=1', jax.devices()[:1])
 plan, = stages.stage_plans(settings)
@@ -58,10 +59,10 @@ from ptjax.plan import planner
 
 settings = config.Config()
 for assignment in (
-    'algo=gspo', 'warm_start.steps=0', 'training.steps=2', 'rollout.num_prompts=128', 'rollout.group_size=16',
-    'data.packing=false', 'rollout.max_completion_tokens=16', 'data.max_prompt_tokens=16',
-    'eval.limit=8', 'log.report=false', 'log.tensorboard=false', f'out_dir={sys.argv[1]}/run',
-    'log.compile_cache=none'):
+    'algo=gspo', 'warm_start.steps=0', 'training.steps=2', 'rollout.num_prompts=128',
+    'rollout.group_size=16', 'data.packing=false', 'rollout.max_completion_tokens=16',
+    'data.max_prompt_tokens=16', 'eval.limit=8', 'log.report=false', 'log.tensorboard=false',
+    f'out_dir={sys.argv[1]}/run', 'log.compile_cache=none'):
   settings = overrides.override(settings, assignment)
 
 def resident(name):

@@ -2,7 +2,7 @@
 
 The derivative of most losses with respect to a token's log-prob depends on that log-prob and on
 data alone, not on other tokens. The head can then have it while it has the token's logits, and
-need not make them a second time in the backward pass (`policy.score`). Whether a loss is of that
+need not make them a second time in the backward pass (`head.score`). Whether a loss is of that
 kind is read off its program, so losses stay plain functions of whole batches.
 """
 
@@ -72,7 +72,7 @@ def split(function, values, *, mixed=()):
   names = tuple(values)
   closed, out_shape = jax.make_jaxpr(
       lambda *arrays: function(dict(zip(names, arrays))), return_shape=True)(*values.values())
-  program = _Program(names)
+  program = _Program(names, next(iter(values.values())).shape)
   results = program.run(closed.jaxpr, closed.consts, [
       _MIXED if name in mixed else _Later(i) for i, name in enumerate(names)])
   if any(x is _MIXED for x in results):
@@ -83,8 +83,8 @@ def split(function, values, *, mixed=()):
 class _Program:
   """The operations to be done per token, in order, and the values they read."""
 
-  def __init__(self, names):
-    self._names = names
+  def __init__(self, names, shape):
+    self._names, self._shape = names, shape
     self._operations = []  # (primitive, params, operands)
     self._arrays, self._scalars = [], []
 
@@ -110,7 +110,8 @@ class _Program:
       if name == 'broadcast_in_dim' and not jnp.ndim(args[0].value):
         return [_Known(results, args[0].value)]
       return [_known(x) for x in (results if eqn.primitive.multiple_results else [results])]
-    if name not in _ELEMENTWISE or any(x is _MIXED for x in args):
+    if (name not in _ELEMENTWISE or any(x is _MIXED for x in args)
+        or eqn.outvars[0].aval.shape != self._shape):
       return [_MIXED] * len(eqn.outvars)
     self._operations.append((eqn.primitive, eqn.params, [self._operand(x) for x in args]))
     return [_Later(len(self._names) + len(self._operations) - 1)]
@@ -119,8 +120,9 @@ class _Program:
     """Where `apply` finds an operand: ('later' | 'array' | 'number' | 'scalar', place)."""
     if isinstance(x, _Later):
       return 'later', x.place
-    if x.scalar is None:
-      return 'array', _place(self._arrays, x.value)
+    if x.scalar is None:  # [B, T], or [B, 1] and the like, which operations spread out themselves
+      whole = x.value if x.value.shape == self._shape else jnp.broadcast_to(x.value, self._shape)
+      return 'array', _place(self._arrays, whole)
     kind = 'number' if jnp.ndim(x.value) else 'scalar'  # an array of one number, or the number
     return kind, _place(self._scalars, x.scalar)
 

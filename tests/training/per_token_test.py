@@ -35,6 +35,8 @@ PER_TOKEN = {
     'calls, choices and bounds': lambda x: nested(x) * WEIGHTS,
     'a sum of data alone': lambda x: jnp.where(MASK, jnp.exp(x), 0.0) / MASK.sum(),
     'a number of data alone, spread out': lambda x: x * jnp.full((B, T), WEIGHTS.max()),
+    'data of each row, and of each place': lambda x: jax.lax.mul(
+        x, jnp.asarray(WEIGHTS[:, :1])) + jax.lax.mul(x, jnp.asarray(WEIGHTS[:1])),
     'data alone': lambda x: jnp.where(MASK, WEIGHTS, 0.0),
     'its argument': lambda x: x,
     'a mean thrown away': lambda x: (x * 2.0, x.mean())[0],
@@ -55,6 +57,7 @@ def test_a_few_positions_are_computed_as_all_are(function):
 MIXED = {
     'a sum of log-probs': lambda x: x + x.sum(-1, keepdims=True),
     'a running sum': lambda x: jnp.cumsum(x, -1),
+    'one of each row': lambda x: jax.lax.mul(x, x[:, :1]),
     'a shift': lambda x: jnp.roll(x, 1, -1),
     'another row': lambda x: x[::-1],
     'a sorted one': lambda x: jnp.sort(x, -1),

@@ -86,7 +86,7 @@ def test_the_estimate_is_near_what_the_compiler_says(assignments):
   for kind in ('dots', 'full'):
     options = dataclasses.replace(plan.config.model_settings, remat=kind)
     one = dataclasses.replace(plan, config=dataclasses.replace(plan.config, model_settings=options))
-    made, widest = dry_batch.make(one, policies, mesh, rows)
+    made, widest = dry_batch.make(one, policies, mesh, rows, here=False)  # in one part
     found[kind] = dry_run.update(made, widest.batch, mesh).temporaries
   tokens = widest.batch.prompt_tokens.size + widest.batch.tokens.size
   weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(

@@ -109,7 +109,8 @@ def split_layers(params):
   return {**params, 'layers': split}
 
 
-def forward(config, params, tokens, positions, attend, *, caches=None, scan=None, remat='none'):
+def forward(config, params, tokens, positions, attend, *, caches=None, rope_tables=None, scan=None,
+            remat='none'):
   """Runs the decoder up to and with its final norm.
 
   Args:
@@ -120,6 +121,8 @@ def forward(config, params, tokens, positions, attend, *, caches=None, scan=None
     attend: callable `(query [N, heads, D], key [N, kv, D], value [N, kv, D], window, cache) ->
       (out [N, heads, D], new_cache)`.
     caches: list with one cache per layer, or None.
+    rope_tables: `make_rope_tables(config, positions)`, from a loop that made them outside; None:
+      made here.
     scan: whether to scan over stacked layers. None: yes, unless caches or layers are lists.
     remat: what the backward pass recomputes. 'none': nothing; 'dots': all but the results of
       products with weights; 'full': whole layers.
@@ -138,11 +141,10 @@ def forward(config, params, tokens, positions, attend, *, caches=None, scan=None
   x = _embedding(config).apply({'params': params['embed']}, tokens)
   if config.embedding_scale != 1.0:
     x = x * jnp.asarray(config.embedding_scale, x.dtype)
-  rope_tables = None, None
   if config.position == 'learned':
     x = x + _position_embedding(config).apply({'params': params['position_embed']}, positions)
-  else:
-    rope_tables = rope.tables(config, positions)
+  if rope_tables is None:
+    rope_tables = make_rope_tables(config, positions)
   x = nn.with_logical_constraint(x, ('batch', None))
 
   def layer(x, layer_params, window, cache):
@@ -162,6 +164,14 @@ def forward(config, params, tokens, positions, attend, *, caches=None, scan=None
     caches = None if all(cache is None for cache in new_caches) else new_caches
   x = layers.Norm(config, config.norm).apply({'params': params['final_norm']}, x)
   return x, caches
+
+
+def make_rope_tables(config, positions):
+  """As `rope.tables`, of positions [...]; (None, None) where positions are learned."""
+  if config.position == 'learned':
+    return None, None
+  tables = rope.tables(config, positions.reshape(-1))
+  return jax.tree.map(lambda x: x.reshape(*positions.shape, -1), tables)
 
 
 def head_kernel(config, params):

@@ -125,23 +125,30 @@ def run_chunk(config, options, weights, store, own, made, cuts, slots, rows, *, 
   own_part = [cache.select(one, window, None if moved is None else lambda x: _take(x, moved))
               for one in own]
 
-  def step(carry, _):
+  # Sines and cosines once per step, outside the loop: inside, XLA on CPU makes them anew for the
+  # queries, keys and cached keys of every layer. What a finished completion gets is of no use.
+  behind = jnp.repeat(prompt_lengths, group_size)  # [X * n]
+  rope_tables = transformer.make_rope_tables(
+      config, (behind + start - 1)[None] + jnp.arange(steps)[:, None])  # [K, X * n, ...]
+
+  def step(carry, rope_tables):
     own, part = carry
     index = part.length - 1  # [X * n], of the token being run
-    positions = jnp.repeat(prompt_lengths, group_size) + index
+    positions = behind + index
 
     def run(weights, store, own):
       hidden, caches = transformer.forward(
           config, weights, part.last, positions,
           attention.decode(config, prompt_lengths, index, group_size),
-          caches=cache.join(store, own))
+          caches=cache.join(store, own), rope_tables=rope_tables)
       return transformer.logits(config, weights, hidden), cache.own_part(caches)
 
     logits, own = zip(*map(run, weights, store, own))
     part, log_probs = _draw(options, part, _mixed(options, logits))
     return (list(own), part), (part.last, log_probs)
 
-  (own_part, part), (tokens, log_probs) = lax.scan(step, (own_part, part), None, length=steps)
+  (own_part, part), (tokens, log_probs) = lax.scan(
+      step, (own_part, part), rope_tables, length=steps)
   own = [cache.put_back(whole, one, slots, start - 1, steps)
          for whole, one in zip(own, own_part)]
   # A live slot adds a token per step, so its new tokens are one run from where it started; the

@@ -3,8 +3,6 @@
 Everything that can be wrong with a config or its files is found here, before the first compile.
 """
 
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import os
@@ -12,7 +10,6 @@ import re
 from typing import Any, Callable
 
 import jax
-from jax import monitoring
 import numpy as np
 
 from ptjax import config as settings
@@ -62,55 +59,6 @@ def out_dir(config):
   short = lambda name: re.sub(r'[^\w.-]+', '_', os.path.basename(name.rstrip('/')))
   return os.path.join('runs', '-'.join(
       [short(config.algo), short(config.model), short(config.dataset), str(config.seed)]))
-
-
-def start_processes(coordinator, num_processes, process_id):
-  """Joins a run of several processes; does nothing when none of the arguments is given.
-
-  Raises:
-    UserError: only some of them are given.
-  """
-  given = (coordinator, num_processes, process_id)
-  if all(value is None for value in given):
-    return
-  if any(value is None for value in given):
-    raise settings.UserError('--coordinator, --num_processes and --process_id go together')
-  jax.distributed.initialize(coordinator, num_processes, process_id)
-
-
-@functools.cache  # once per process
-def keep_freed_memory():
-  """Tells glibc to keep what programs free, and to give back at once what compiling them leaves.
-
-  XLA on CPU frees its large temporaries after every call; touching them anew each step costs page
-  faults (measured on the default job: a fifth of all CPU time, and up to half of the wall time).
-  What the compiler frees lies scattered, so the temporaries do not fit into it (measured on the
-  same job: 250 MiB of 1,170 at the peak, which giving it back between compiling and running
-  saves). One heap for all threads (M_ARENA_MAX) would save a tenth more, and make steps a tenth and
-  compilations a third slower. Does nothing where the C library has no `mallopt`.
-  """
-  mmap_threshold, trim_threshold, top_pad = -3, -1, -2
-  with contextlib.suppress(OSError, AttributeError):
-    libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_threshold, 10**9)
-    libc.mallopt(trim_threshold, 2**31 - 1)
-    libc.mallopt(top_pad, 2**26)
-
-    def compiled(event, seconds, **_):
-      if event == '/jax/core/compile/backend_compile_duration' and seconds > 0.5:
-        libc.malloc_trim(0)
-    monitoring.register_event_duration_secs_listener(compiled)
-
-
-def use_compile_cache(folder):
-  """Keeps compiled programs in `folder` ('auto': ~/.cache/ptjax/xla, None: nowhere)."""
-  if folder is None:
-    return
-  if folder == 'auto':
-    folder = os.path.join(os.path.expanduser('~'), '.cache', 'ptjax', 'xla')
-  jax.config.update('jax_compilation_cache_dir', folder)
-  # The many small programs of a start add up to as much as the few large ones.
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 def load_policies(config, plans, *, load=None):

@@ -14,6 +14,7 @@ from ptjax import asking
 from ptjax import assembly
 from ptjax import config as settings
 from ptjax import doors
+from ptjax import process
 from ptjax import remat
 from ptjax import sharding
 from ptjax import stage_run
@@ -44,8 +45,8 @@ def run(config, *, argv=None):
     UserError: something the user can set right; found before training where possible.
     TrainingFailed, or what a stage raised; the traceback is then in error.txt.
   """
-  assembly.keep_freed_memory()
-  assembly.use_compile_cache(config.log.compile_cache)
+  process.keep_freed_memory()
+  process.use_compile_cache(config.log.compile_cache)
   mesh = sharding.make_mesh(config.mesh)
   plans = stages.stage_plans(config)
   policies = assembly.load_policies(config, plans)

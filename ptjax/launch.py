@@ -8,6 +8,8 @@ from absl import flags
 
 from ptjax import config as settings
 from ptjax import experiment
+from ptjax import gpu
+from ptjax import huge_pages
 from ptjax import overrides
 
 FLAGS = flags.FLAGS
@@ -95,11 +97,10 @@ def main(argv):
       print(algorithm_table.as_json() if values['json'] else algorithm_table.as_text())
       return 0
     config = resolve(values)
-    from ptjax import gpu
     gpu.prepare(dataclasses.replace(config.device, preallocate=False) if values['plan']
                 else config.device)  # a job may be using the GPU that a plan is made on
-    from ptjax import assembly
-    assembly.start_processes(values['coordinator'], values['num_processes'], values['process_id'])
+    from ptjax import process
+    process.start_processes(values['coordinator'], values['num_processes'], values['process_id'])
     if values['plan']:
       from ptjax.plan import planner
       print(planner.plan(config))
@@ -124,4 +125,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  huge_pages.restart()
   sys.exit(main(sys.argv))

@@ -277,6 +277,8 @@ def print_table(rows):
 def main():
   arguments, job = parse()
   if arguments.worker:
+    from ptjax import huge_pages
+    huge_pages.restart()  # as the launcher does
     return ptjax_worker(arguments, job)
   if arguments.preset:
     from ptjax.models import presets

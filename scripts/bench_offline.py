@@ -274,6 +274,8 @@ def print_table(rows):
 def main():
   arguments, job = parse()
   if arguments.worker:
+    from ptjax import huge_pages
+    huge_pages.restart()  # as the launcher does
     return ptjax_worker(arguments, job)
   folder = tempfile.mkdtemp(prefix='bench_offline_')
   try:

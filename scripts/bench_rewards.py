@@ -19,6 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from ptjax import assembly
 from ptjax import config as settings
 from ptjax import doors
+from ptjax import process
 from ptjax import sharding
 from ptjax import stage_run
 from ptjax import stages
@@ -43,7 +44,7 @@ def main():
   config = settings.Config(
       rollout=settings.RolloutSettings(num_prompts=arguments.prompts, group_size=arguments.group,
                                        max_completion_tokens=arguments.tokens))
-  assembly.use_compile_cache(config.log.compile_cache)
+  process.use_compile_cache(config.log.compile_cache)
   plan, = stages.stage_plans(config)
   policies = assembly.load_policies(config, [plan])
   mesh = sharding.make_mesh()

@@ -191,6 +191,8 @@ def print_tables(rows):
 def main():
   arguments = parse()
   if arguments.worker:
+    from ptjax import huge_pages
+    huge_pages.restart()  # as the launcher does
     return worker(arguments)
   folder = tempfile.mkdtemp(prefix='bench_startup_')
   found = {'cold': [], 'warm': []}

@@ -54,9 +54,9 @@ def load_rows(options):
 def load_weights(policy):
   """Returns the mesh of all devices and the parameters of an assembly.Policy on it."""
   # Not every script asks a model, and its libraries take seconds to load.
-  from ptjax import assembly
+  from ptjax import process
   from ptjax import sharding
-  assembly.use_compile_cache('auto')
+  process.use_compile_cache('auto')
   mesh = sharding.make_mesh('')
   return mesh, policy.load(functools.partial(sharding.tree_sharding, mesh))
 

@@ -12,13 +12,13 @@ TESTS = ROOT.parent / 'tests'
 
 # Room -> its floor; a module outside a room counts by its own name.
 FLOORS = {
-    'types': 1, 'config': 1, 'keys': 1, 'sharding': 1, 'pieces': 1,
+    'types': 1, 'config': 1, 'keys': 1, 'pieces': 1, 'process': 1, 'sharding': 1,
     'algorithm': 2, 'losses': 2, 'models': 2, 'data': 2, 'rewards': 2,
     'algorithms': 3, 'rollout': 3,
     'training': 4, 'evaluation': 4,
     'algorithm_table': 5, 'asking': 5, 'assembly': 5, 'doors': 5, 'experiment': 5, 'gpu': 5,
-    'inspect': 5, 'job': 5, 'launch': 5, 'learned': 5, 'overrides': 5, 'plan': 5, 'reference': 5,
-    'remat': 5, 'stage_run': 5, 'stages': 5,
+    'huge_pages': 5, 'inspect': 5, 'job': 5, 'launch': 5, 'learned': 5, 'overrides': 5, 'plan': 5,
+    'reference': 5, 'remat': 5, 'stage_run': 5, 'stages': 5,
 }
 HOMES = {  # outside package -> where it may be imported
     'absl.flags': ('launch',),

@@ -181,10 +181,7 @@ def _scores(logits, tokens, with_entropy, with_sum_squares):
   weights = jnp.exp(logits)  # at least one of them is 1
   total = weights.sum(-1)
   log_total = jnp.log(total)
-  # A comparison instead of a gather: it stays local where the vocabulary is split over devices,
-  # its gradient is elementwise, not a scatter, and an id out of range hits nothing.
-  hit = tokens[..., None] == jnp.arange(logits.shape[-1])[None, None]
-  own = jnp.sum(logits, axis=-1, where=hit)  # at most 0, as the largest is subtracted
+  own = _of_tokens(logits, tokens, logits.shape[-1])  # at most 0, as the largest is subtracted
   out = {'log_probs': own - log_total, 'likeliest': own == 0.0}
   if with_entropy:
     out['entropy'] = log_total - jnp.sum(weights * logits, axis=-1) / total
@@ -192,3 +189,23 @@ def _scores(logits, tokens, with_entropy, with_sum_squares):
     fixed, fixed_total = lax.stop_gradient((logits, log_total))
     out['sum_squares'] = jnp.log(jnp.exp(2.0 * fixed).sum(-1)) - 2.0 * fixed_total
   return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _of_tokens(logits, tokens, size):
+  """logits[..., token] of `size` = V, 0 where the id is out of range.
+
+  Nothing of size V is written for it. Its gradient is a comparison, not a scatter: elementwise, so
+  that it stays local where the vocabulary is split over devices.
+  """
+  index = jnp.where(tokens < 0, size, tokens)[..., None]
+  return jnp.take_along_axis(logits, index, axis=-1, mode='fill', fill_value=0)[..., 0]
+
+
+def _of_tokens_backward(size, tokens, gradient):
+  hit = tokens[..., None] == jnp.arange(size)[None, None]
+  return jnp.where(hit, gradient[..., None], 0), None
+
+
+_of_tokens.defvjp(lambda logits, tokens, size: (_of_tokens(logits, tokens, size), tokens),
+                  _of_tokens_backward)

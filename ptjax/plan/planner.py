@@ -19,6 +19,7 @@ from ptjax import assembly
 from ptjax import config as settings
 from ptjax import doors
 from ptjax import learned
+from ptjax import process
 from ptjax import sharding
 from ptjax import stages
 from ptjax.data import sources
@@ -100,7 +101,7 @@ def plan(config):
   Raises:
     UserError: a config, mesh, model or data set that cannot work.
   """
-  assembly.use_compile_cache(config.log.compile_cache)
+  process.use_compile_cache(config.log.compile_cache)
   mesh = planning_mesh(config.mesh)
   plans, policies, rows = _prepare(config, mesh)
   model = policies['policy'].config
@@ -235,7 +236,7 @@ class _Found:
   def add_process(self):
     """What the system sees beside arrays, of a process that runs on the CPU.
 
-    Freed memory stays with the process (assembly.keep_freed_memory), and the pieces that a rollout
+    Freed memory stays with the process (process.keep_freed_memory), and the pieces that a rollout
     leaves are too small for the one that an update takes.
     """
     self.resident['programs and runtime'] = _RUNTIME

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from ptjax import keys
+from ptjax import process
 from ptjax import sharding
 from ptjax import types
 from ptjax.models import head
@@ -281,11 +282,13 @@ def make_train_step(forward, loss, optimizer, *, schedule=None, micro_batches=1,
       metrics['learning_rate'] = schedule(state.step)
     return new_state, metrics
 
+  compiled = functools.partial(
+      jax.jit, donate_argnames='state', compiler_options=process.frugal_compilation())
   if mesh is None:
-    jitted = jax.jit(train_step, donate_argnames='state')
+    jitted = compiled(train_step)
   else:
-    jitted = jax.jit(
-        train_step, donate_argnames='state',
+    jitted = compiled(
+        train_step,
         in_shardings=(state_sharding, None, None),  # batch and frozen trees come placed
         out_shardings=(state_sharding, sharding.replicated(mesh)))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ptjax import assembly
+from ptjax import process
 from ptjax import config as settings
 from ptjax import doors
 from ptjax import keys
@@ -70,7 +71,7 @@ def config_of(root, algo, dataset, *assignments):
 def mesh(compile_cache):
   """Two devices; what both a plan and its run compile is compiled once."""
   before = jax.config.jax_compilation_cache_dir
-  assembly.use_compile_cache(str(compile_cache))
+  process.use_compile_cache(str(compile_cache))
   yield sharding.make_mesh('fsdp=2', jax.devices()[:2])
   jax.config.update('jax_compilation_cache_dir', before)
 

@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from ptjax import assembly
+from ptjax import process
 from ptjax import sharding
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / 'scripts'
@@ -30,4 +30,4 @@ def one_device(monkeypatch):
   """Models on one device; the user's cache of programs is left alone."""
   make_mesh = sharding.make_mesh
   monkeypatch.setattr(sharding, 'make_mesh', lambda text='': make_mesh(text, jax.devices()[:1]))
-  monkeypatch.setattr(assembly, 'use_compile_cache', lambda folder: None)
+  monkeypatch.setattr(process, 'use_compile_cache', lambda folder: None)

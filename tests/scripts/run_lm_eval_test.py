@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ptjax import assembly
+from ptjax import process
 from ptjax import evaluation
 
 ROWS = [{'q': 'Once upon a time, there was a little', 'choices': ['park', 'girl'], 'label': 1},
@@ -30,7 +30,7 @@ def script(load_script):
 def test_local_tasks(script, shared_data, tmp_path, monkeypatch, capsys):
   pytest.importorskip('lm_eval', reason='lm_eval is not installed')
   monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
-  monkeypatch.setattr(assembly, 'use_compile_cache', lambda folder: None)
+  monkeypatch.setattr(process, 'use_compile_cache', lambda folder: None)
   rows = tmp_path / 'rows.jsonl'
   rows.write_text(''.join(json.dumps(row) + '\n' for row in ROWS))
   (tmp_path / 'choose.yaml').write_text(TASK.format(

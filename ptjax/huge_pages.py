@@ -24,6 +24,11 @@ def restart():
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def asked_for():
+  """Whether this process has them."""
+  return f'{_TUNABLE}=1' in os.environ.get('GLIBC_TUNABLES', '')
+
+
 def environment(given, libc, setting):
   """The variables to set, none where huge pages are not there, come anyway or were decided upon.
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ptjax import assembly
 from ptjax import config as settings
 from ptjax import doors
+from ptjax import huge_pages
 from ptjax import learned
 from ptjax import process
 from ptjax import sharding
@@ -41,10 +42,9 @@ KNOWN_SHAPES = {
        for size in ('0.5B', '1.5B', '7B') for kind in ('', '-Instruct')},
     'openai-community/gpt2': 'gpt2',
 }
-# Of a run on a CPU: its programs, what compiling them leaves in memory, pages of libraries first
-# used. Measured beside all else that a plan counts: 277 MiB of a model of 1 M parameters, 394 of
-# one of 27 M (tests/plan/memory_test.py holds the sum).
-_RUNTIME = 300 * 2**20
+# Of a run on a CPU, beside all else that a plan counts: its programs, what compiling them leaves,
+# pages of libraries. Measured of 1 M parameters: 250 of SFT, 255 to 380 with rollouts.
+_RUNTIME_MIB, _DRAWING_MIB, _HUGE_PAGES_MIB = 260, 60, 30
 PARTS = ('rollout', 'passes', 'update')  # of a stage, that can be compiled alone
 
 
@@ -239,7 +239,8 @@ class _Found:
     Freed memory stays with the process (process.keep_freed_memory), and the pieces that a rollout
     leaves are too small for the one that an update takes.
     """
-    self.resident['programs and runtime'] = _RUNTIME
+    mib = _RUNTIME_MIB + _DRAWING_MIB * bool(self._widest.draws)
+    self.resident['programs and runtime'] = 2**20 * (mib + _HUGE_PAGES_MIB * huge_pages.asked_for())
     drawn = [parts for phase, parts in self.phases.items() if phase.startswith('rollout')]
     if drawn and 'update' in self.phases:
       self.phases['update'][plan_fit.KEPT] = max(sum(parts.values()) for parts in drawn)

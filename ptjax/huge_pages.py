@@ -19,7 +19,7 @@ def restart():
   `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` keeps it from doing so.
   """
   wanted = {} if gpu.has_plugin() else environment(os.environ, _libc(), _read(_SETTING))
-  if wanted:
+  if wanted and sys.executable:  # none where Python is embedded
     os.environ.update(wanted)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

@@ -28,7 +28,7 @@ def test_what_is_asked_for(given, libc, setting, expected):
 
 
 def test_a_restart_keeps_process_and_arguments():
-  """The program as it was called, `-m` and interpreter options too, in the same process."""
+  """The program as it was called, its arguments too, in the same process."""
   code = (
       'import os, sys; from ptjax import huge_pages; huge_pages._libc = lambda: "glibc 2.36"; '
       'huge_pages._read = lambda path: "[madvise]"; print(os.getpid()); huge_pages.restart(); '

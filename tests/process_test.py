@@ -2,7 +2,6 @@
 
 import platform
 
-import jax
 from jax import monitoring
 import pytest
 
@@ -43,8 +42,3 @@ def test_unknown_compiler_options_are_left_out():
   known = {'xla_backend_optimization_level': 1}
   assert process.known_options(known) == known
   assert process.known_options({**known, 'xla_cpu_no_such_thing': True}) is None
-
-
-def test_frugal_options_compile():
-  compiled = jax.jit(lambda x: x + 1, compiler_options=process.frugal_compilation())
-  assert compiled(1) == 2

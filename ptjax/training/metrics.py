@@ -44,7 +44,7 @@ class MetricsWriter:
       if name == METRICS and resume_step and (last is None or last < resume_step):
         logging.warning('%s ends at step %s, before step %d from which the run goes on: the '
                         'records in between were lost', path, last, resume_step)
-      # A lone surrogate in a prompt becomes \udXXX, which is also how JSON spells it.
+      # A lone surrogate in a prompt becomes an escape such as \ud800, as JSON spells it too.
       self._files[name] = open(path, 'a', encoding='utf-8', errors='backslashreplace')
     if tensorboard:
       self._events = _open_events(out_dir, first_step=self._last_step + 1)

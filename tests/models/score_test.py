@@ -264,3 +264,16 @@ def test_three_products_instead_of_four_and_two_where_the_head_is_frozen(tied):
   config = dataclasses.replace(CONFIG, tie_embeddings=tied)
   assert products(config, known=False) == 4 and products(config, known=True) == 3
   assert products(config, known=True, of=1) == 2
+
+
+def test_an_id_out_of_range_is_no_token():
+  """Its logit counts as 0 and has no gradient, whether it is too large or negative."""
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32)
+  tokens = jnp.array([[-1, 0, 4], [5, 7, -5]])
+  weights = jnp.arange(1.0, 7.0).reshape(2, 3)
+  def by_gather(logits):
+    return (head._of_tokens(logits, tokens, 5) * weights).sum()
+  def by_comparison(logits):
+    return ((logits * (tokens[..., None] == jnp.arange(5)[None, None])).sum(-1) * weights).sum()
+  np.testing.assert_allclose(by_gather(logits), by_comparison(logits), rtol=1e-6)
+  np.testing.assert_array_equal(jax.grad(by_gather)(logits), jax.grad(by_comparison)(logits))

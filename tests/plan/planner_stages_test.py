@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from ptjax import assembly
-from ptjax import process
 from ptjax import config as settings
 from ptjax import doors
 from ptjax import keys
 from ptjax import overrides
+from ptjax import process
 from ptjax import sharding
 from ptjax import stage_run
 from ptjax import stages

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from ptjax import process
 from ptjax import evaluation
+from ptjax import process
 
 ROWS = [{'q': 'Once upon a time, there was a little', 'choices': ['park', 'girl'], 'label': 1},
         {'q': 'Lily wanted to play', 'choices': ['outside', 'very'], 'label': 0}]

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from ptjax import process
 from ptjax import sharding
 from ptjax import types
 from ptjax.pieces import following
@@ -98,6 +99,15 @@ def test_ratio_is_exactly_one_on_policy(micro_batches):
   off_policy = make_batch(old_log_probs=recorded).replace(on_policy=np.asarray(False))
   _, metrics = take_step(ratio_loss, off_policy, micro_batches=micro_batches)
   assert metrics['ratio_min'] < 1.0
+
+
+@pytest.mark.parametrize('devices', [None, 2])
+def test_an_update_is_compiled_frugally(monkeypatch, devices):
+  """With the options of the process: one that XLA does not know ends the compilation."""
+  monkeypatch.setattr(process, 'frugal_compilation', lambda: {'xla_cpu_no_such_thing': True})
+  mesh = devices and sharding.make_mesh(f'data={devices}', jax.devices()[:devices])
+  with pytest.raises(jax.errors.JaxRuntimeError, match='xla_cpu_no_such_thing'):
+    take_step(whole_batch_loss, make_batch(), mesh=mesh)
 
 
 def test_gradient_flows_through_log_probs_only_once():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -266,6 +267,18 @@ def test_the_cache_is_updated_in_place(rollouts):
   width = schedule.window_sizes(T)[0] * CONFIG.num_kv_heads * CONFIG.head_dim
   cache_bytes = CONFIG.num_layers * 2 * P * G * width * 4
   assert chunk.memory_analysis().alias_size_in_bytes >= cache_bytes
+
+
+def test_sines_are_made_outside_the_loop(rollouts):
+  chunk = next(p for (name, _), p in sampler_for()._programs.items() if name[0] == 'chunk')
+  text = chunk.as_text()
+  computations = dict(re.findall(r'^(?:ENTRY )?%([\w.-]+) \(.*?\{\n(.*?)^\}', text, re.M | re.S))
+  inside = set(re.findall(r'body=%([\w.-]+)', text))
+  for _ in computations:  # and all they call
+    called = re.compile(r'(?:calls|to_apply|body)=%([\w.-]+)')
+    inside |= {name for one in inside for name in called.findall(computations[one])}
+  sines = {name for name, lines in computations.items() if re.search(r' (?:co)?sine\(', lines)}
+  assert sines and not sines & inside
 
 
 # A change of each option, and whether it changes the tokens drawn; else it must raise.

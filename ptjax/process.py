@@ -67,8 +67,7 @@ def frugal_compilation():
 
   On a CPU each of a program's loops has, by default, a compiler module of its own, all of them
   alive at once. Without that an update of the default job takes 200 MiB less to compile, a tenth to
-  a fifth less time, and up to a twentieth more to run (less where products are large, as with a
-  vocabulary of 32,768). None where XLA has no such option.
+  a fifth less time, and a fiftieth more to run. None where XLA has no such option.
   """
   if jax.default_backend() != 'cpu':
     return None

@@ -11,6 +11,9 @@ import pytest
 from ptjax import launch
 from ptjax import stages
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import job_runs
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -58,7 +61,8 @@ def test_two_arms_to_their_table_and_figure(tmp_path, shared_data, monkeypatch):
   monkeypatch.setattr(grid, 'TASKS', {'quora': grid.TASKS['quora']})
   monkeypatch.setattr(grid, 'arms', lambda: [('quora', 'sft', False), ('quora', 'sft,dpo', True)])
   monkeypatch.chdir(ROOT)
-  monkeypatch.setenv('PYTHONPATH', str(ROOT))
+  for name in ('PYTHONPATH', 'XLA_FLAGS'):  # commands for one device, as a user's are
+    monkeypatch.setenv(name, job_runs.environment()[name])
   monkeypatch.setitem(grid.SIZES, True, {**grid.SIZES[True], 'sonnet_tokens': 8})
   argv = ['--small', f'--data={shared_data}', f'--out={tmp_path}', '--scale=0.02']
   grid.main(argv)

@@ -137,7 +137,7 @@ class Mlp(nn.Module):
     # Without the barrier XLA:CPU recomputes the activation's gradient column by column, inside
     # the transposed product that reads it; measured 1.5x on a whole update. The axis of size one
     # keeps it from writing the activation over its input, for which it would compile a loop
-    # without vector instructions (unless with fusion emitters, see process.py); 1.05x.
+    # without vector instructions (unless with fusion emitters, see process.py); 1.03x.
     hidden = lax.optimization_barrier(hidden[:, None])[:, 0]
     return Dense(config, config.width, config.mlp_bias, residual_scale(config), name='down')(hidden)
 
